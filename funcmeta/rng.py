@@ -1,0 +1,53 @@
+"""Randomness as integers: a seed for every (run, task, step), and no generator that a replay could forget."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from funcmeta._errors import ArgumentError
+
+_MASK = (1 << 64) - 1
+
+
+def fold(seed: int, *numbers: int) -> int:
+    """A new seed in [0, 2**63) from a seed and the numbers that name its use, such as a step index.
+
+    The mixing is splitmix64 (Steele, Lea and Flood, 2014), so neighbouring numbers give unrelated seeds.
+    """
+    state = check_seed(seed)
+    for number in numbers:
+        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state >> 1 if numbers else state
+
+
+def check_seed(seed: int) -> int:
+    """The seed itself when it is an integer in [0, 2**63), else ``ArgumentError``."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ArgumentError(f"seed is {seed!r}, expected an integer from 0 to 2**63 - 1. Pass a non-negative int.")
+    return seed
+
+
+def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator on ``device``, seeded with ``seed``."""
+    return torch.Generator(device).manual_seed(check_seed(seed))
+
+
+@contextmanager
+def forked(seed: int) -> Iterator[None]:
+    """Run a block with torch's global generators seeded with ``seed``; put their states back afterwards."""
+    check_seed(seed)
+    generators = [torch.default_generator]
+    if torch.cuda.is_available():
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    states = [each.get_state() for each in generators]
+    try:
+        for each in generators:
+            each.manual_seed(seed)
+        yield
+    finally:
+        for each, state in zip(generators, states, strict=True):
+            each.set_state(state)

@@ -1,0 +1,113 @@
+"""Trees of tensors: the few operations the library needs, over ``torch.utils._pytree``.
+
+Every other module goes through here, so that one file knows where torch keeps its pytrees.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from funcmeta._errors import StructureError
+from funcmeta._typing import Tree
+
+Spec = pytree.TreeSpec
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Spec]:
+    """The leaves of a tree, left to right, and what is needed to put them back."""
+    return pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: Sequence[Any], spec: Spec) -> Tree:
+    """The tree of the given structure with the given leaves."""
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """The leaves of a tree, left to right."""
+    return pytree.tree_leaves(tree)
+
+
+def named_leaves(tree: Tree, name: str = "") -> list[tuple[str, Any]]:
+    """Each leaf with the expression that reaches it: ``("meta['params']['0.weight']", tensor)``."""
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    return [(name + pytree.keystr(path), leaf) for path, leaf in pairs]
+
+
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Apply ``fn`` to each leaf of ``tree`` and the leaves at the same place of ``rest``."""
+    if _is_flat(tree) and all(type(other) is dict and other.keys() == tree.keys() for other in rest):
+        return {key: fn(leaf, *[other[key] for other in rest]) for key, leaf in tree.items()}
+    first, spec = flatten(tree)
+    columns = [first, *[aligned(tree, other) for other in rest]]
+    return unflatten([fn(*row) for row in zip(*columns, strict=True)], spec)
+
+
+def aligned(expected: Tree, got: Tree, *, name: str = "tree") -> list[Any]:
+    """The leaves of ``got`` in the order of ``expected``; ``StructureError`` unless both have the same keys.
+
+    Dicts agree when their keys do, in whatever order these were inserted.
+    """
+    have, spec = flatten(got)
+    if spec == flatten(expected)[1]:
+        return have
+    wanted = [path for path, _ in named_leaves(expected, name)]
+    named = dict(named_leaves(got, name))
+    missing = [path for path in wanted if path not in named]
+    unexpected = [path for path in named if path not in set(wanted)]
+    if missing or unexpected:
+        raise StructureError(
+            f"{name} has other keys than expected: missing {_some(missing) or 'nothing'}, "
+            f"unexpected {_some(unexpected) or 'nothing'}. Pass a tree with exactly the expected keys."
+        )
+    return [named[path] for path in wanted]
+
+
+def check_same(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "") -> None:
+    """Raise ``StructureError`` unless both trees agree in keys and, leaf by leaf, in shape, dtype and device."""
+    wanted = leaves(expected)
+    for index, (want, have) in enumerate(zip(wanted, aligned(expected, got, name=name), strict=True)):
+        if not isinstance(want, Tensor) or not isinstance(have, Tensor):
+            same = type(want) is type(have)
+        else:
+            same = want.shape == have.shape and want.dtype == have.dtype and want.device == have.device
+        if not same:
+            path = named_leaves(expected, name)[index][0]
+            raise StructureError(f"{path} is {describe(have)}, expected {describe(want)}. {advice}".rstrip())
+
+
+def describe(leaf: Any) -> str:
+    """A leaf in words for an error message: ``float32[3, 4] on cpu``."""
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
+    return f"{leaf!r} ({type(leaf).__name__})"
+
+
+def check_tensors(tree: Tree, *, name: str) -> None:
+    """Raise ``StructureError`` unless every leaf is a tensor."""
+    for path, leaf in named_leaves(tree, name):
+        if not isinstance(leaf, Tensor):
+            raise StructureError(f"{path} is {describe(leaf)}, expected a tensor. Wrap numbers in torch.tensor(...).")
+
+
+def dot(left: Tree, right: Tree) -> Tensor:
+    """The inner product Σ left·right over all coordinates of all leaves, a 0-d tensor."""
+    products = [(a * b).sum() for a, b in zip(leaves(left), leaves(right), strict=True)]
+    return torch.stack(products).sum() if products else torch.zeros(())
+
+
+def norm(tree: Tree) -> Tensor:
+    """The Euclidean norm over all coordinates of all leaves, a 0-d tensor."""
+    return dot(tree, tree).sqrt()
+
+
+def _is_flat(tree: Tree) -> bool:
+    """Whether this is a parameter dict, which needs no specs to be mapped."""
+    return type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values())
+
+
+def _some(paths: Sequence[str], most: int = 5) -> str:
+    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
