@@ -1,0 +1,130 @@
+"""Hyper-parameters: what may be passed for one, and what a single parameter gets of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from funcmeta import tree
+from funcmeta._errors import ArgumentError, StructureError
+from funcmeta._typing import Hyper, Tree
+
+Value: TypeAlias = Any
+"""What one parameter gets of a hyper-parameter: a number or a tensor that broadcasts to the parameter."""
+
+Values: TypeAlias = Mapping[str, Value]
+
+_NOT_NEGATIVE: tuple[Callable[[float], bool], str] = (lambda number: number >= 0, "at least 0")
+_FRACTION: tuple[Callable[[float], bool], str] = (lambda number: 0 <= number < 1, "in [0, 1)")
+_RANGES = {
+    "beta1": _FRACTION,
+    "beta2": _FRACTION,
+    "rho": (lambda number: 0 <= number <= 1, "in [0, 1]"),
+    "dampening": (lambda number: number == number, "not NaN"),
+    "factor": (lambda number: number == number, "not NaN"),
+}
+
+
+class Hypers:
+    """The hyper-parameters of one transform, validated once and resolved at each step."""
+
+    def __init__(self, **hypers: Hyper) -> None:
+        for name, hyper in hypers.items():
+            _check(name, hyper)
+        self.fixed = {name: hyper for name, hyper in hypers.items() if _is_single(hyper)}
+        self.rest = {name: hyper for name, hyper in hypers.items() if name not in self.fixed}
+        self.scheduled = any(callable(hyper) for hyper in self.rest.values())
+
+    def is_zero(self, name: str) -> bool:
+        """Whether the hyper-parameter is the number 0, so that the work for it can be left out."""
+        return is_zero(self.fixed.get(name))
+
+    def resolve(self, step: Any, params: Tree, leaves: Sequence[Tensor]) -> tuple[Values, list[Values]]:
+        """What all parameters share at this step, and what each leaf has of its own (empty when all is shared)."""
+        shared: Values = self.fixed
+        columns: dict[str, list[Value]] = {}
+        for name, hyper in self.rest.items():
+            value = hyper(step) if callable(hyper) else hyper
+            if callable(hyper):
+                _check_type(f"{name}(step)", value)
+            if _is_single(value):
+                shared = {**shared, name: value}
+            else:
+                columns[name] = tree.aligned(params, value, name=name)
+        for name, value in shared.items():
+            if isinstance(value, Tensor) and value.ndim:
+                columns[name] = [value] * len(leaves)
+        if not columns:
+            return shared, []
+        rows: list[Values] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        for name, column in columns.items():
+            for index, (value, leaf) in enumerate(zip(column, leaves, strict=True)):
+                if isinstance(value, Tensor) and not _broadcasts(value, leaf):
+                    path = tree.named_leaves(params, "params")[index][0]
+                    raise StructureError(
+                        f"{name} is {tree.describe(value)}, which does not broadcast to {path} of shape "
+                        f"{list(leaf.shape)}. Pass a 0-d tensor, or a tree like the parameters."
+                    )
+        return shared, rows
+
+
+def is_zero(value: Value) -> bool:
+    """Whether this is the Python number 0; a tensor never is, as its value must not steer Python."""
+    return isinstance(value, int | float) and value == 0
+
+
+def pair(betas: tuple[Hyper, Hyper]) -> tuple[Hyper, Hyper]:
+    """The two members of ``betas``."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ArgumentError(f"betas is {betas!r}, expected a pair (beta1, beta2). Pass for example betas=(0.9, 0.999).")
+    return betas[0], betas[1]
+
+
+def blend(old: Tensor, new: Tensor, keep: Value) -> Tensor:
+    """The running average keep · old + (1 - keep) · new."""
+    if isinstance(keep, Tensor):
+        return old + (new - old) * (1 - keep)
+    return old.lerp(new, 1 - keep)
+
+
+def safe_sqrt(value: Tensor) -> Tensor:
+    """The square root, with all derivatives 0 at 0: those of √(g²) = |g|, taken from both sides, at g = 0."""
+    zero = value == 0
+    return value.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+
+
+def _is_single(hyper: Hyper) -> bool:
+    return isinstance(hyper, int | float | Tensor)
+
+
+def _check(name: str, hyper: Hyper) -> None:
+    """Raise unless this can be a hyper-parameter; numbers must also lie in their range."""
+    if callable(hyper) and not isinstance(hyper, Tensor):
+        return
+    _check_type(name, hyper)
+    holds, expected = _RANGES.get(name, _NOT_NEGATIVE)
+    for leaf in tree.leaves(hyper):
+        if not isinstance(leaf, Tensor) and not holds(leaf):
+            raise ArgumentError(f"{name} is {leaf!r}, expected a number {expected}. Pass such a number, or a tensor.")
+
+
+def _check_type(name: str, hyper: Hyper) -> None:
+    """Raise unless every leaf is a number or a floating-point tensor."""
+    for path, leaf in tree.named_leaves(hyper, name):
+        if isinstance(leaf, Tensor):
+            if not leaf.dtype.is_floating_point:
+                raise StructureError(
+                    f"{path} is {tree.describe(leaf)}, expected a floating-point tensor. Convert it with .float()."
+                )
+        elif isinstance(leaf, bool) or not isinstance(leaf, int | float):
+            raise ArgumentError(
+                f"{path} is {tree.describe(leaf)}, expected a number, a floating-point tensor, a tree of these like "
+                "the parameters, or a callable of the step."
+            )
+
+
+def _broadcasts(value: Tensor, leaf: Tensor) -> bool:
+    """Whether the value broadcasts to the shape of the leaf, and not beyond."""
+    if value.ndim > leaf.ndim:
+        return False
+    return all(size in (1, full) for size, full in zip(reversed(value.shape), reversed(leaf.shape), strict=False))

@@ -1,0 +1,96 @@
+"""Stochastic gradient descent."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcmeta._errors import ArgumentError
+from funcmeta._typing import Hyper, Tree
+from funcmeta.optim._hyper import Hypers, Value, Values
+from funcmeta.optim._rule import per_tensor, zeros
+from funcmeta.optim._transform import Transform
+
+
+class SgdState(NamedTuple):
+    """What SGD keeps: the number of steps where something reads it, and the momentum where there is any."""
+
+    step: Tree = ()
+    momentum_buffer: Tree = ()
+
+
+def sgd(
+    lr: Hyper,
+    *,
+    momentum: Hyper = 0.0,
+    dampening: Hyper = 0.0,
+    nesterov: bool = False,
+    weight_decay: Hyper = 0.0,
+    maximize: bool = False,
+) -> Transform:
+    """Stochastic gradient descent, with momentum, dampening, Nesterov's variant and weight decay.
+
+    g ← g + λθ; b ← μb + (1 - τ)g, in the first step b ← g; u = -lr · b, or -lr · (g + μb) for Nesterov's variant.
+
+    Every hyper-parameter is a number, a tensor (differentiable; 0-d or broadcastable to each parameter), a tree of
+    these like the parameters, or a callable of the step (a 0-d int64 tensor, from 0).
+
+    Args:
+        lr: learning rate, at least 0.
+        momentum: μ, at least 0; the number 0 keeps no buffer.
+        dampening: τ.
+        nesterov: whether to look ahead; needs a momentum, and no dampening.
+        weight_decay: λ, at least 0, in units of the gradient per unit of the parameter.
+        maximize: whether to climb instead of to descend.
+
+    Returns:
+        The transform; its state holds `momentum_buffer`, and `step` where dampening or a schedule reads it.
+
+    Raises:
+        ArgumentError: Nesterov's variant without momentum or with dampening; a number out of its range.
+
+    Examples:
+        >>> lr = torch.tensor(0.1, requires_grad=True)
+        >>> transform = fm.optim.sgd(lr, momentum=0.9)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> updates, state = transform.update({"w": torch.tensor([2.0])}, transform.init(params), params)
+        >>> torch.autograd.grad(updates["w"].sum(), lr)
+        (tensor(-2.),)
+
+    Source: torch.optim.SGD; Sutskever et al. 2013 (Proceedings of ICML) for Nesterov's variant.
+    """
+    hypers = Hypers(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+    heavy, damped = not hypers.is_zero("momentum"), not hypers.is_zero("dampening")
+    if nesterov and (not heavy or damped):
+        raise ArgumentError(
+            f"nesterov=True with momentum={momentum!r} and dampening={dampening!r}, expected a momentum and the number "
+            "0 as dampening. Pass for example momentum=0.9, or nesterov=False."
+        )
+
+    def prepare(values: Values, step: Tensor) -> Values:
+        added = {"descent": -values["lr"]}
+        if heavy and damped:
+            added["fresh"] = 1 - torch.where(step == 0, 0.0, _double(values["dampening"]))
+        return added
+
+    def rule(values: Values, param: Tensor, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        if not kept:
+            return (grad * values["descent"],)
+        fresh = grad * values["fresh"] if damped else grad
+        buffer = values["momentum"] * kept[0] + fresh
+        return (grad + values["momentum"] * buffer if nesterov else buffer) * values["descent"], buffer
+
+    return per_tensor(
+        hypers,
+        rule,
+        state=SgdState,
+        slots={"momentum_buffer": zeros} if heavy else {},
+        prepare=prepare,
+        counted=heavy and damped,
+        maximize=maximize,
+    )
+
+
+def _double(value: Value) -> Tensor:
+    """A number or tensor in double precision."""
+    return torch.as_tensor(value, dtype=torch.float64)
