@@ -1,7 +1,55 @@
-"""Inner optimizers: pure, differentiable in every hyper-parameter, over any tree of tensors."""
+"""Inner optimizers: pure, differentiable in every hyper-parameter, over any tree of tensors.
 
+Each function here returns a `Transform`. A hyper-parameter is one of
+
+- a number, whose range is checked at once;
+- a floating-point tensor, 0-d or broadcastable to each parameter; differentiable, its values are not checked;
+- a tree like the parameters, of numbers and tensors: one value for each parameter, or for each of its entries;
+- a callable of the step, a 0-d int64 tensor that counts from 0 (see `schedules`); it returns any of the above.
+
+States are NamedTuples of trees of tensors, whose fields have torch.optim's names. Updates and states keep the dtype of
+the parameters, whatever the dtype of the hyper-parameters; bias corrections are computed in double precision.
+"""
+
+from funcmeta.optim import schedules
+from funcmeta.optim._adadelta import adadelta
+from funcmeta.optim._adagrad import adagrad
+from funcmeta.optim._adam import adam, adamw, amsgrad
+from funcmeta.optim._adamax import adamax
+from funcmeta.optim._gradients import add_weight_decay, clip_by_global_norm, clip_by_norm, clip_by_value, scale
+from funcmeta.optim._lion import lion
+from funcmeta.optim._nadam import nadam
+from funcmeta.optim._radam import radam
+from funcmeta.optim._rmsprop import rmsprop
+from funcmeta.optim._sgd import sgd
+from funcmeta.optim._torch_optim import from_torch_optim_state, to_torch_optim_state
+from funcmeta.optim._torchopt import from_torchopt, to_torchopt
 from funcmeta.optim._transform import Transform, apply_updates, chain, masked
-from funcmeta.optim.adam import adam
-from funcmeta.optim.sgd import sgd
 
-__all__ = ["Transform", "adam", "apply_updates", "chain", "masked", "sgd"]
+__all__ = [
+    "Transform",
+    "adadelta",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "add_weight_decay",
+    "amsgrad",
+    "apply_updates",
+    "chain",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by_value",
+    "from_torch_optim_state",
+    "from_torchopt",
+    "lion",
+    "masked",
+    "nadam",
+    "radam",
+    "rmsprop",
+    "scale",
+    "schedules",
+    "sgd",
+    "to_torch_optim_state",
+    "to_torchopt",
+]

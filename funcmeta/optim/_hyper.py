@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from funcmeta import tree
@@ -38,6 +39,17 @@ class Hypers:
     def is_zero(self, name: str) -> bool:
         """Whether the hyper-parameter is the number 0, so that the work for it can be left out."""
         return is_zero(self.fixed.get(name))
+
+    def single(self, name: str, step: Any) -> Value:
+        """The value that all parameters share at this step; an error where it differs within them."""
+        hyper = {**self.fixed, **self.rest}[name]
+        value = hyper(step) if callable(hyper) else hyper
+        if (isinstance(value, Tensor) and value.ndim == 0) or isinstance(value, int | float):
+            return value
+        raise StructureError(
+            f"{name} is {tree.describe(value)}, expected one number or 0-d tensor for all parameters together. "
+            "Pass a single value, or use a transform that treats each tensor by itself."
+        )
 
     def resolve(self, step: Any, params: Tree, leaves: Sequence[Tensor]) -> tuple[Values, list[Values]]:
         """What all parameters share at this step, and what each leaf has of its own (empty when all is shared)."""
@@ -85,6 +97,11 @@ def blend(old: Tensor, new: Tensor, keep: Value) -> Tensor:
     if isinstance(keep, Tensor):
         return old + (new - old) * (1 - keep)
     return old.lerp(new, 1 - keep)
+
+
+def double(value: Value) -> Tensor:
+    """A number or a tensor as a tensor in double precision."""
+    return value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
 def safe_sqrt(value: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def per_tensor(
     def init(params: Tree) -> Any:
         tree.check_tensors(params, name="params")
         leaves, rebuild = _split(params)
-        step = _zero(leaves) if counted else ()
+        step = step_zero(leaves) if counted else ()
         values = values_of(step, params, leaves)
         columns = {name: [slot(*row) for row in zip(leaves, values, strict=True)] for name, slot in slots.items()}
         return state(step=step, **{name: rebuild(column) for name, column in columns.items()})
@@ -96,7 +96,7 @@ def per_tensor(
     return Transform(init, update)
 
 
-def _zero(leaves: list[Tensor]) -> Tensor:
+def step_zero(leaves: list[Tensor]) -> Tensor:
     """The step count before the first step, on the device of the parameters."""
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 

@@ -97,7 +97,7 @@ def chain(*transforms: Transform) -> Transform:
     Source: optax.chain (https://optax.readthedocs.io).
     """
     for transform in transforms:
-        _check_transform(transform)
+        check_transform(transform)
 
     def init(params: Tree) -> ChainState:
         return ChainState(tuple(transform.init(params) for transform in transforms))
@@ -143,9 +143,9 @@ def masked(
 
     Source: optax.masked, which passes the others through unchanged; Raghu et al. 2020 (arXiv:1909.09157) for ANIL.
     """
-    _check_transform(transform)
+    check_transform(transform)
     if otherwise is not None:
-        _check_transform(otherwise)
+        check_transform(otherwise)
 
     def init(params: Tree) -> MaskedState:
         chosen = _selection(where, params)
@@ -168,7 +168,7 @@ def masked(
     return Transform(init, update)
 
 
-def _check_transform(transform: object) -> None:
+def check_transform(transform: object) -> None:
     if not isinstance(transform, Transform):
         raise ArgumentError(
             f"got {transform!r} ({type(transform).__name__}), expected a Transform. Pass what sgd(...), adam(...) or "

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Hyper, Tree
-from funcmeta.optim._hyper import Hypers, Value, Values
+from funcmeta.optim._hyper import Hypers, Values, double
 from funcmeta.optim._rule import per_tensor, zeros
 from funcmeta.optim._transform import Transform
 
@@ -31,9 +31,7 @@ def sgd(
     """Stochastic gradient descent, with momentum, dampening, Nesterov's variant and weight decay.
 
     g ← g + λθ; b ← μb + (1 - τ)g, in the first step b ← g; u = -lr · b, or -lr · (g + μb) for Nesterov's variant.
-
-    Every hyper-parameter is a number, a tensor (differentiable; 0-d or broadcastable to each parameter), a tree of
-    these like the parameters, or a callable of the step (a 0-d int64 tensor, from 0).
+    Every hyper-parameter is a number, a tensor, a tree like the parameters or a callable of the step.
 
     Args:
         lr: learning rate, at least 0.
@@ -60,7 +58,8 @@ def sgd(
     Source: torch.optim.SGD; Sutskever et al. 2013 (Proceedings of ICML) for Nesterov's variant.
     """
     hypers = Hypers(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
-    heavy, damped = not hypers.is_zero("momentum"), not hypers.is_zero("dampening")
+    heavy = not hypers.is_zero("momentum")
+    damped = heavy and not hypers.is_zero("dampening")
     if nesterov and (not heavy or damped):
         raise ArgumentError(
             f"nesterov=True with momentum={momentum!r} and dampening={dampening!r}, expected a momentum and the number "
@@ -68,17 +67,17 @@ def sgd(
         )
 
     def prepare(values: Values, step: Tensor) -> Values:
-        added = {"descent": -values["lr"]}
-        if heavy and damped:
-            added["fresh"] = 1 - torch.where(step == 0, 0.0, _double(values["dampening"]))
-        return added
+        descent = {"descent": -values["lr"]}
+        if not damped:
+            return descent
+        return descent | {"fresh": 1 - torch.where(step == 0, 0.0, double(values["dampening"]))}
 
     def rule(values: Values, param: Tensor, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
-        if not kept:
+        if not heavy:
             return (grad * values["descent"],)
-        fresh = grad * values["fresh"] if damped else grad
-        buffer = values["momentum"] * kept[0] + fresh
-        return (grad + values["momentum"] * buffer if nesterov else buffer) * values["descent"], buffer
+        buffer = values["momentum"] * kept[0] + (grad * values["fresh"] if damped else grad)
+        ahead = grad + values["momentum"] * buffer if nesterov else buffer
+        return ahead * values["descent"], buffer
 
     return per_tensor(
         hypers,
@@ -86,11 +85,6 @@ def sgd(
         state=SgdState,
         slots={"momentum_buffer": zeros} if heavy else {},
         prepare=prepare,
-        counted=heavy and damped,
+        counted=damped,
         maximize=maximize,
     )
-
-
-def _double(value: Value) -> Tensor:
-    """A number or tensor in double precision."""
-    return torch.as_tensor(value, dtype=torch.float64)

@@ -1,0 +1,165 @@
+"""States to and from torch.optim, whose names the fields of the states carry."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcmeta import tree
+from funcmeta._errors import ArgumentError, StructureError
+from funcmeta._typing import Tree
+from funcmeta.optim._adadelta import AdadeltaState
+from funcmeta.optim._adagrad import AdagradState
+from funcmeta.optim._adam import AdamState
+from funcmeta.optim._adamax import AdamaxState
+from funcmeta.optim._nadam import NadamState
+from funcmeta.optim._rmsprop import RmspropState
+from funcmeta.optim._sgd import SgdState
+from funcmeta.optim._transform import Transform
+
+NAMESAKES = (SgdState, AdamState, AdamaxState, NadamState, RmspropState, AdagradState, AdadeltaState)
+"""The states whose fields are those of a torch.optim optimizer, ``step`` and one tensor for each parameter."""
+
+
+def from_torch_optim_state(
+    transform: Transform,
+    source: torch.optim.Optimizer | Mapping[str, Any],
+    params: Tree,
+    *,
+    step: int | None = None,
+) -> Any:
+    """The state with which a transform goes on where an optimizer of torch.optim has stopped.
+
+    The hyper-parameters are those of the transform, not of the optimizer. What is taken over is copied, so that
+    neither side writes into the other's.
+
+    Args:
+        transform: the namesake of the optimizer, such as `adam(...)` for `torch.optim.Adam`.
+        source: the optimizer or its `state_dict()`.
+        params: the parameters, any tree whose leaves are in the order in which the optimizer got them.
+        step: number of steps taken; needed only for SGD with dampening or a schedule, as torch.optim.SGD does not
+            count.
+
+    Returns:
+        The state, like that of `transform.init(params)`.
+
+    Raises:
+        ArgumentError: the transform has no namesake, or the number of steps is not known.
+        StructureError: the optimizer has another number of parameters, other shapes, or lacks what the state holds.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = torch.optim.Adam([weight])
+        >>> (3 * weight).sum().backward()
+        >>> optimizer.step()
+        >>> state = fm.optim.from_torch_optim_state(fm.optim.adam(), optimizer, {"w": weight})
+        >>> state.step, state.exp_avg
+        (tensor(1), {'w': tensor([0.3000])})
+
+    Source: torch.optim.Optimizer.state_dict (https://docs.pytorch.org/docs/stable/optim.html).
+    """
+    state = transform.init(params)
+    _check_namesake(state)
+    saved = source.state_dict() if isinstance(source, torch.optim.Optimizer) else source
+    count = sum(len(group["params"]) for group in saved["param_groups"])
+    leaves, spec = tree.flatten(params)
+    if count != len(leaves):
+        raise StructureError(
+            f"the optimizer holds {count} parameters, but params has {len(leaves)}. Pass the parameters that the "
+            "optimizer was made with, in the same order."
+        )
+    entries = saved["state"]
+    if not any(value is not None for entry in entries.values() for value in entry.values()):
+        return state
+    fields = {
+        name: tree.unflatten(
+            [_taken(entries.get(index, {}), name, like) for index, like in enumerate(tree.leaves(initial))], spec
+        )
+        for name, initial in state._asdict().items()
+        if name != "step" and tree.leaves(initial)
+    }
+    if isinstance(state.step, Tensor):
+        fields["step"] = torch.full_like(state.step, _steps_taken(entries, step))
+    return state._replace(**fields)
+
+
+def to_torch_optim_state(state: Any, target: torch.optim.Optimizer | Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict with which an optimizer of torch.optim goes on where a transform has stopped.
+
+    Nothing is written into the optimizer: call `target.load_state_dict(...)` with the result. The hyper-parameters in
+    it are those of the target.
+
+    Args:
+        state: the state of a transform with a namesake in torch.optim, such as that of `adam(...)`.
+        target: an optimizer of that kind (or its `state_dict()`), over the same parameters in the same order.
+
+    Returns:
+        A new state_dict for the target, with copies of the tensors.
+
+    Raises:
+        ArgumentError: the state belongs to a transform without a namesake.
+        StructureError: the target has another number of parameters.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+        >>> transform = fm.optim.sgd(0.1, momentum=0.9)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> _, state = transform.update({"w": torch.tensor([2.0])}, transform.init(params), params)
+        >>> fm.optim.to_torch_optim_state(state, optimizer)["state"]
+        {0: {'momentum_buffer': tensor([2.])}}
+
+    Source: torch.optim.Optimizer.load_state_dict (https://docs.pytorch.org/docs/stable/optim.html).
+    """
+    _check_namesake(state)
+    saved = target.state_dict() if isinstance(target, torch.optim.Optimizer) else target
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    columns = {name: tree.leaves(field) for name, field in state._asdict().items() if name != "step"}
+    kept = {name: column for name, column in columns.items() if column}
+    wrong = [f"{name} of {len(column)}" for name, column in kept.items() if len(column) != len(indices)]
+    if wrong:
+        raise StructureError(
+            f"the state holds {', '.join(wrong)} parameters, but the optimizer has {len(indices)}. Make the optimizer "
+            "with the parameters that the state belongs to, in the same order."
+        )
+    entries = {
+        index: {name: column[place].detach().clone() for name, column in kept.items()}
+        for place, index in enumerate(indices)
+    }
+    if not isinstance(state, SgdState):
+        for entry in entries.values():
+            entry["step"] = state.step.detach().to(torch.get_default_dtype())
+    return {**saved, "state": entries}
+
+
+def _check_namesake(state: Any) -> None:
+    if not isinstance(state, NAMESAKES):
+        raise ArgumentError(
+            f"got a {type(state).__name__}, which has no namesake in torch.optim. Pass a transform of sgd, adam, "
+            "adamw, amsgrad, nadam, radam, adamax, rmsprop, adagrad or adadelta, outside of chain and masked."
+        )
+
+
+def _taken(entry: Mapping[str, Any], name: str, like: Tensor) -> Tensor:
+    """A copy of what the optimizer holds for one parameter under this name."""
+    value = entry.get(name)
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        raise StructureError(
+            f"the optimizer's {name} is {tree.describe(value)}, expected {tree.describe(like)}. Pass the namesake "
+            "of the optimizer with the same options, and the parameters in the optimizer's order."
+        )
+    return value.detach().to(like, copy=True)
+
+
+def _steps_taken(entries: Mapping[int, Mapping[str, Any]], step: int | None) -> int:
+    """The number of steps, as said or as counted by the optimizer."""
+    counted = {int(entry["step"]) for entry in entries.values() if "step" in entry}
+    if step is None and len(counted) == 1:
+        return counted.pop()
+    if step is None:
+        raise ArgumentError(
+            f"the optimizer has counted {sorted(counted) or 'no'} steps, expected one number. Pass step=, the number "
+            "of steps taken so far."
+        )
+    return step
