@@ -12,10 +12,10 @@ import pytest
 
 LAYERS = (
     ("_typing", "_errors", "tree", "rng"),
-    ("_gradient", "_graph", "model", "optim", "linear_solve", "tasks"),
+    ("_gradient", "_graph", "_batching", "model", "optim", "linear_solve", "tasks"),
     ("learned", "problem", "memory"),
     ("estimators",),
-    ("unroll",),
+    ("unroll", "unroll_batch"),
     ("algorithms", "compare", "inspect", "testing", "compat"),
     ("training", "cli"),
     ("__init__", "__main__"),
