@@ -172,6 +172,15 @@ def test_check_same_without_advice_ends_with_the_fact() -> None:
         tree.check_same(1, 1.0)
 
 
+def test_detach_cuts_tensors_and_leaves_the_rest() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    cut = tree.detach({"a": leaf * 2, "b": [leaf, None, 3]})
+    assert not any(each.requires_grad for each in (cut["a"], cut["b"][0]))
+    assert torch.equal(cut["a"], torch.full((2,), 2.0))
+    assert cut["b"][1:] == [None, 3]
+    assert leaf.requires_grad
+
+
 def test_check_tensors() -> None:
     tree.check_tensors({"a": torch.ones(1), "b": [torch.ones(1)]}, name="meta")
     message = "meta['lr'] is 0.1 (float), expected a tensor. Wrap numbers in torch.tensor(...)."
