@@ -63,7 +63,8 @@ def nadam(
         time, beta1 = (step + 1).double(), double(values["beta1"])
 
         def momentum(time: Tensor) -> Tensor:
-            return beta1 * (1 - 0.5 * 0.96 ** (time * values["momentum_decay"]))
+            decay: Tensor = 0.96 ** (time * values["momentum_decay"])
+            return beta1 * (1 - 0.5 * decay)
 
         return {"mu": momentum(time), "next_mu": momentum(time + 1), "bias": 1 - values["beta2"] ** time}
 
