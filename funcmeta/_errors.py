@@ -1,5 +1,7 @@
 """Every error the library raises on purpose. A message says what came, what was expected, and what to do."""
 
+from collections.abc import Iterable
+
 
 class FuncmetaError(Exception):
     """Base of every error raised by funcmeta, so that one ``except`` can catch them all."""
@@ -36,9 +38,12 @@ class CapturedTensorError(GraphError):
 class UnreachedLeafError(GraphError):
     """A leaf of ``meta`` requires grad but the loss does not depend on it; ``leaves`` holds the names."""
 
-    def __init__(self, message: str, leaves: tuple[str, ...]) -> None:
-        super().__init__(message)
-        self.leaves = leaves
+    def __init__(self, leaves: Iterable[str], advice: str) -> None:
+        self.leaves = tuple(leaves)
+        super().__init__(
+            f"No gradient reaches {', '.join(self.leaves)}, which requires grad: "
+            f"the loss does not depend on it. {advice}"
+        )
 
 
 class ReplayError(FuncmetaError, RuntimeError):

@@ -79,6 +79,11 @@ def check_same(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "
             raise StructureError(f"{path} is {describe(have)}, expected {describe(want)}. {advice}".rstrip())
 
 
+def detach(tree: Tree) -> Tree:
+    """The same tree with every tensor detached; other leaves pass."""
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
 def describe(leaf: Any) -> str:
     """A leaf in words for an error message: ``float32[3, 4] on cpu``."""
     if isinstance(leaf, Tensor):

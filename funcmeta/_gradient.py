@@ -1,0 +1,138 @@
+"""The one inner gradient: every estimator steers it, every step takes its gradients from it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcmeta import tree
+from funcmeta._errors import DetachedError, LossError, StructureError
+from funcmeta._graph import alias, inner_leaf, inside_functorch
+from funcmeta._typing import Tree
+
+Objective = Callable[[Tree], tuple[Tensor, Any]]
+
+
+class Gradient(NamedTuple):
+    """The value of an objective, its further output, and its gradient."""
+
+    value: Tensor
+    aux: Any
+    grads: Tree
+
+
+Rule = Callable[[Objective, Tree], Gradient]
+"""How an inner gradient is taken. A rule is a function of (objective, params); objective(params) -> (loss, aux)."""
+
+
+def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., tuple[Any, Tree]]:
+    """A function that returns the loss and its gradient by the first argument: p ↦ (ℓ(p, …), ∂ℓ/∂p).
+
+    This is the only way a step should take an inner gradient, because estimators steer it: ``FirstOrder`` makes the
+    gradients constants, others exchange how their derivative is computed. The gradient is partial: a tensor that is
+    both (part of) the first argument and used elsewhere counts as a constant there. Inside ``vmap``, ``torch.func``
+    and ``torch.compile`` it is ``torch.func.grad``, elsewhere ``torch.autograd.grad``; a graph of the gradient is
+    built only when grad mode is on.
+
+    Args:
+        fn: a function of (params, *args, **kwargs) that returns a scalar loss, or (loss, aux) with ``has_aux``.
+        has_aux: whether ``fn`` returns a pair, whose second part is passed through.
+
+    Returns:
+        A function of the same arguments that returns (loss, grads), or ((loss, aux), grads) with ``has_aux``; grads
+        is a tree like the first argument. A parameter that the loss does not use gets a zero gradient.
+
+    Raises:
+        LossError: the loss is not a scalar floating-point tensor.
+        DetachedError: the loss depends on no parameter.
+        StructureError: a leaf of the first argument is not a floating-point tensor.
+
+    Example:
+        >>> square = value_and_grad(lambda p: (p["x"] ** 2).sum())
+        >>> square({"x": torch.tensor([1.0, 2.0])})
+        (tensor(5.), {'x': tensor([2., 4.])})
+
+    Source: this library; the name and the order of the results are those of ``jax.value_and_grad``.
+    """
+
+    def gradient(params: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
+        def objective(inputs: Tree) -> tuple[Tensor, Any]:
+            out = fn(inputs, *args, **kwargs)
+            value, aux = out if has_aux else (out, None)
+            check_loss(value, name="The inner loss")
+            if not torch.compiler.is_compiling() and not value.requires_grad:
+                raise DetachedError(
+                    "The inner loss does not depend on the parameters: it was detached, computed under no_grad, or "
+                    "never used them. Compute it from the parameters that the function receives."
+                )
+            return value, aux
+
+        _check_params(params)
+        value, aux, grads = (_rule.get() or exact)(objective, params)
+        return ((value, aux) if has_aux else value), grads
+
+    return gradient
+
+
+def exact(objective: Objective, params: Tree) -> Gradient:
+    """The rule that holds unless an estimator sets another: the gradient with its graph, when grad mode is on."""
+    return _reverse(objective, params, differentiable=torch.is_grad_enabled())
+
+
+def constant(objective: Objective, params: Tree) -> Gradient:
+    """The rule of first order: the gradient as a constant, without the graph that would differentiate it."""
+    value, aux, grads = _reverse(objective, params, differentiable=False)
+    return Gradient(value, aux, tree.detach(grads))
+
+
+@contextmanager
+def steered(rule: Rule) -> Iterator[None]:
+    """Let ``value_and_grad`` take its gradients by ``rule`` inside the block."""
+    token = _rule.set(rule)
+    try:
+        yield
+    finally:
+        _rule.reset(token)
+
+
+def check_loss(value: Any, *, name: str, shape: tuple[int, ...] = ()) -> None:
+    """Raise ``LossError`` unless ``value`` is a floating-point tensor of the given shape."""
+    if not isinstance(value, Tensor):
+        raise LossError(f"{name} is a {type(value).__name__}, expected a 0-d tensor. Return the loss itself.")
+    if tuple(value.shape) != shape:
+        raise LossError(f"{name} has shape {list(value.shape)}, expected {list(shape)}. Reduce it by mean() or sum().")
+    if not value.is_floating_point():
+        raise LossError(f"{name} is {value.dtype}, expected a floating-point tensor. Convert it before reducing.")
+
+
+_rule: ContextVar[Rule | None] = ContextVar("funcmeta_inner_gradient", default=None)
+
+
+def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gradient:
+    if torch.compiler.is_compiling() or inside_functorch():
+        grads, (value, aux) = torch.func.grad_and_value(objective, has_aux=True)(params)
+        return Gradient(value, aux, grads)
+    attached = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = tree.map(lambda leaf: alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf), params)
+        value, aux = objective(inputs)
+        leaves, spec = tree.flatten(inputs)
+        grads = torch.autograd.grad(
+            value, leaves, create_graph=differentiable, retain_graph=attached, materialize_grads=True
+        )
+    if not attached:
+        value, aux = tree.detach((value, aux))
+    return Gradient(value, aux, tree.unflatten(grads, spec))
+
+
+def _check_params(params: Tree) -> None:
+    for index, leaf in enumerate(tree.leaves(params)):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            path = tree.named_leaves(params, "params")[index][0]
+            raise StructureError(
+                f"{path} is {tree.describe(leaf)}, expected a floating-point tensor. "
+                f"Keep what is not trained out of the parameters."
+            )

@@ -1,0 +1,51 @@
+"""What an estimator is: a way to turn the repeated step into a loss that carries a meta-gradient."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from funcmeta._typing import Meta
+from funcmeta.memory import Memory, Step, Trajectory
+
+
+@dataclass(frozen=True)
+class Primal:
+    """The problem with its task and seed bound, and the range of steps to take. Everything here is pure.
+
+    With several tasks in one batch, states and inner losses have a leading task dimension, and ``meta_loss`` and the
+    steps' shares are means over it.
+    """
+
+    init: Callable[[Meta], Any]
+    step: Step
+    meta_loss: Callable[[Meta, Any], Tensor] | None
+    start: int
+    stop: int
+
+    def total(self, meta: Meta, path: Trajectory) -> Tensor | None:
+        """The meta-loss of a trajectory: the steps' shares and the loss at its end; None when there is neither."""
+        parts = [] if path.share is None else [path.share]
+        if self.meta_loss is not None:
+            parts.append(self.meta_loss(meta, path.state))
+        return torch.stack(parts).sum() if len(parts) > 1 else parts[0] if parts else None
+
+
+class Outcome(NamedTuple):
+    """The meta-loss, attached to ``meta``; and where the trajectory ended."""
+
+    loss: Tensor | None
+    path: Trajectory
+
+
+class Estimator(Protocol):
+    """How the meta-gradient is computed: ``outcome.loss.backward()`` must leave it on the leaves of ``meta``."""
+
+    @property
+    def unreached_advice(self) -> str:
+        """What to do when a leaf of ``meta`` gets no gradient under this estimator."""
+
+    def __call__(self, primal: Primal, meta: Meta, memory: Memory) -> Outcome:
+        """Take the steps of ``primal`` and return the loss."""

@@ -1,0 +1,335 @@
+"""Run the inner training and return a meta-loss that carries its meta-gradient."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcmeta import rng, tree
+from funcmeta._batching import over_tasks
+from funcmeta._errors import (
+    ArgumentError,
+    DetachedError,
+    NonFiniteError,
+    ReplayError,
+    StructureError,
+    UnreachedLeafError,
+)
+from funcmeta._gradient import check_loss
+from funcmeta._graph import alias, check_declared, inside_functorch
+from funcmeta._typing import Batch, Meta
+from funcmeta.estimators import Estimator, Primal, Reverse
+from funcmeta.memory import Memory, StoreAll
+from funcmeta.memory._replay import expect_use
+from funcmeta.problem import Problem, StepInfo
+from funcmeta.tasks import Task
+
+
+class Carry(NamedTuple):
+    """Where an unroll stopped, for the next one to go on from.
+
+    Attributes:
+        state: the state after the last step; detached in ``Unrolled.carry``.
+        step: the index of the next step, which batches and seeds follow.
+
+    Example:
+        >>> Carry(torch.tensor(1.0), 5).step
+        5
+
+    Source: this library.
+    """
+
+    state: Any
+    step: int
+
+
+class UnrollInfo(NamedTuple):
+    """What was met during an unroll; nothing here carries a graph.
+
+    Attributes:
+        losses: inner losses before each update, [steps] or [steps, tasks].
+        aux: one entry a step, ``StepInfo.aux``.
+        strategy: "single", "vmap" or "loop": how tasks were run.
+
+    Example:
+        >>> UnrollInfo(torch.zeros(3), (None,) * 3, "single").losses.shape
+        torch.Size([3])
+
+    Source: this library.
+    """
+
+    losses: Tensor
+    aux: tuple[Any, ...]
+    strategy: str
+
+
+class Unrolled(NamedTuple):
+    """The result of an unroll.
+
+    Attributes:
+        loss: 0-d tensor, the meta-loss; ``loss.backward()`` leaves the estimator's meta-gradient on ``meta``.
+        state: the state after the last step.
+        info: an ``UnrollInfo``.
+        carry: a ``Carry`` with the detached state, for truncated training.
+
+    Example:
+        >>> Unrolled(torch.tensor(0.5), None, None, None).loss
+        tensor(0.5000)
+
+    Source: this library.
+    """
+
+    loss: Tensor
+    state: Any
+    info: UnrollInfo
+    carry: Carry
+
+
+def unroll(
+    problem: Problem,
+    meta: Meta,
+    task: Task,
+    *,
+    steps: int,
+    estimator: Estimator = Reverse(),  # noqa: B008
+    memory: Memory = StoreAll(),  # noqa: B008
+    seed: int = 0,
+    carry: Carry | None = None,
+) -> Unrolled:
+    """Take ``steps`` inner steps on a task and return the meta-loss L(meta), attached to ``meta``.
+
+    state_0 = init(meta, task), state_{k+1} = step(meta, state_k, batch_k), L = meta_loss(meta, state_K, query) plus the
+    steps' shares. ``out.loss.backward()`` then leaves dL/dmeta, exact or as the estimator defines it, on every leaf
+    of ``meta`` that requires grad. Without grad mode, or when nothing requires grad, the steps run without a graph.
+
+    Args:
+        problem: ``init``, ``step`` and ``meta_loss``.
+        meta: any tree of tensors; never changed.
+        task: ``support`` is a batch for every step, or a function of the step index; ``query`` is for the meta-loss.
+        steps: number of inner steps, 0 or more.
+        estimator: how the meta-gradient is computed; default exact.
+        memory: what an exact estimator keeps of the trajectory.
+        seed: integer from which every step's randomness follows.
+        carry: where to go on from, instead of ``init``: an earlier unroll's ``carry``, or ``Carry(out.state, step)``
+            to differentiate through both.
+
+    Returns:
+        ``Unrolled(loss, state, info, carry)``.
+
+    Raises:
+        ArgumentError: negative steps, a bad seed or carry, a task without usable batches, nothing to minimize.
+        StructureError: a leaf of ``meta`` is not a tensor, or the state changes structure, shape or dtype in a step.
+        LossError: a loss is not a floating-point scalar.
+        NonFiniteError: a loss is NaN or infinite; the message names the step.
+        DetachedError: the meta-loss, or an inner loss, is cut off from what it is to be differentiated by.
+        CapturedTensorError: a tensor that requires grad is used without coming through ``meta``.
+        UnreachedLeafError: a leaf of ``meta`` requires grad, but the loss does not depend on it.
+        ReplayError: under a policy that replays, a batch or a step does not come out the same twice.
+
+    Example:
+        One step of gradient descent on a x² from a = 1, judged by the same loss, differentiated by x = 2:
+
+        >>> from funcmeta.problem import value_and_grad
+        >>> def init(x, task, seed):
+        ...     return torch.ones(())
+        >>> def step(x, a, batch, seed):
+        ...     loss, slope = value_and_grad(lambda a: a * x**2)(a)
+        ...     return a - slope, StepInfo(loss)
+        >>> problem = Problem(init, step, lambda x, a, query, seed: a * x**2)
+        >>> x = torch.tensor(2.0, requires_grad=True)
+        >>> out = unroll(problem, x, Task(torch.ones(1), None), steps=1)
+        >>> out.loss.backward()
+        >>> x.grad
+        tensor(-28.)
+
+    Source: Finn et al. (2017), equation 1, for any differentiable inner training.
+    """
+    return run(problem, meta, task, steps=steps, estimator=estimator, memory=memory, seed=seed, carry=carry)
+
+
+def run(
+    problem: Problem,
+    meta: Meta,
+    task: Task,
+    *,
+    steps: int,
+    estimator: Estimator,
+    memory: Memory = StoreAll(),  # noqa: B008
+    seed: int = 0,
+    carry: Carry | None = None,
+    tasks: int | None = None,
+    trial: bool = False,
+) -> Unrolled:
+    """``unroll`` for one task (``tasks`` None), or for that many stacked ones under vmap.
+
+    A ``trial`` does not ask whether every leaf of ``meta`` is used.
+    """
+    _check_arguments(meta, task, steps, seed, carry)
+    leaves = tree.leaves((meta, carry.state if carry else ()))
+    attached = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
+    with torch.set_grad_enabled(attached):
+        return _run(problem, meta, task, steps, estimator, memory, seed, carry, tasks, trial)
+
+
+def _run(
+    problem: Problem,
+    meta: Meta,
+    task: Task,
+    steps: int,
+    estimator: Estimator,
+    memory: Memory,
+    seed: int,
+    carry: Carry | None,
+    tasks: int | None,
+    trial: bool,
+) -> Unrolled:
+    start = carry.step if carry else 0
+    if memory.replays and callable(task.support) and steps:
+        _check_replayable(task.support, start)
+    own_meta, own_carry = tree.map(_own, (meta, carry))
+    primal = _bind(problem, task, own_carry, start, start + steps, seed, tasks)
+    loss, path = estimator(primal, own_meta, memory)
+    if loss is None:
+        raise ArgumentError(
+            "There is no meta-loss: the problem's meta_loss is None and no step gave a share. Take at least one step "
+            "of a problem whose steps return StepInfo.meta_loss, or give the problem a meta_loss."
+        )
+    losses = torch.stack(path.losses) if path.losses else loss.new_zeros((0,) if tasks is None else (0, tasks))
+    _check_finite(loss, losses, start)
+    if torch.is_grad_enabled() and not inside_functorch():
+        _check_graph(
+            loss,
+            problem,
+            meta,
+            own_meta,
+            own_carry,
+            complete=carry is None and steps > 0 and not trial,
+            estimator=estimator,
+        )
+    info = UnrollInfo(losses.detach(), tuple(path.aux), "single" if tasks is None else "vmap")
+    return Unrolled(loss, path.state, info, Carry(tree.detach(path.state), start + steps))
+
+
+def _bind(
+    problem: Problem, task: Task, carry: Carry | None, start: int, stop: int, seed: int, tasks: int | None
+) -> Primal:
+    """The problem on this task: seeds, batches and the task dimension filled in, every result checked."""
+    over = (lambda fn: fn) if tasks is None else over_tasks
+    shape = () if tasks is None else (tasks,)
+
+    def init(meta: Meta) -> Any:
+        if carry is not None:
+            return carry.state
+        return over(lambda task: problem.init(meta, task, rng.fold(seed, 0)))(task)
+
+    def step(meta: Meta, state: Any, index: int) -> tuple[Any, StepInfo]:
+        def one(state: Any, batch: Batch) -> tuple[Any, StepInfo]:
+            return problem.step(meta, state, batch, rng.fold(seed, 1, index))
+
+        following, info = _pair(over(one)(state, _batch(task.support, index)))
+        check_loss(info.loss, name=f"The inner loss of step {index}", shape=shape)
+        advice = f"Step {index} changed it; let every step return the state as it came, new values apart."
+        tree.check_same(state, following, name="state", advice=advice)
+        if info.meta_loss is not None:
+            check_loss(info.meta_loss, name=f"The meta-loss share of step {index}", shape=shape)
+            info = info._replace(meta_loss=info.meta_loss.mean())
+        return following, info
+
+    def meta_loss(meta: Meta, state: Any) -> Tensor:
+        assert problem.meta_loss is not None
+        judge = problem.meta_loss
+        loss = over(lambda state, query: judge(meta, state, query, rng.fold(seed, 2, stop)))(state, task.query)
+        check_loss(loss, name="The meta-loss", shape=shape)
+        return loss.mean()  # type: ignore[no-any-return]
+
+    return Primal(init, step, None if problem.meta_loss is None else meta_loss, start, stop)
+
+
+def _own(leaf: Any) -> Any:
+    """A leaf behind a node of its own, at which the walk through the graph ends."""
+    return alias(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+
+
+def _batch(support: Any, index: int) -> Batch:
+    return support(index) if callable(support) else support
+
+
+def _pair(result: Any) -> tuple[Any, StepInfo]:
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], StepInfo)):
+        raise StructureError(f"step returned a {type(result).__name__}, expected the pair (state, StepInfo(loss)).")
+    return result
+
+
+def _check_arguments(meta: Meta, task: Task, steps: int, seed: int, carry: Carry | None) -> None:
+    rng.check_seed(seed)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ArgumentError(f"steps is {steps!r}, expected an integer of 0 or more. Pass e.g. steps=5.")
+    if isinstance(meta, torch.nn.Module):
+        raise ArgumentError("meta is a Module, expected a tree of tensors. Pass dict(module.named_parameters()).")
+    tree.check_tensors(meta, name="meta")
+    if not isinstance(task, Task):
+        raise ArgumentError(f"task is a {type(task).__name__}, expected a Task. Pass Task(support, query).")
+    if carry is not None and not isinstance(carry, Carry):
+        raise ArgumentError(
+            f"carry is a {type(carry).__name__}, expected a Carry. Pass the carry of an earlier unroll."
+        )
+    if not callable(task.support) and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(task.support)):
+        raise ArgumentError(
+            f"task.support is a {type(task.support).__name__}, expected tensors or a function of the step index. An "
+            f"iterator can not be run again: wrap the data in a function that returns the batch of a given step."
+        )
+
+
+def _check_replayable(support: Callable[[int], Batch], index: int) -> None:
+    first, second = tree.leaves(support(index)), tree.leaves(support(index))
+    same = len(first) == len(second) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in zip(first, second, strict=True)
+    )
+    if not same:
+        raise ReplayError(
+            f"support({index}) gave two different batches in a row, but this memory policy runs steps twice. Return "
+            f"the batch as a function of the index alone, or use StoreAll()."
+        )
+
+
+def _check_finite(loss: Tensor, losses: Tensor, start: int) -> None:
+    if inside_functorch():
+        return
+    if not losses.isfinite().all():
+        index = (~losses.isfinite()).nonzero()[0].tolist()
+        where = f"step {start + index[0]}" + (f", task {index[1]}" if len(index) > 1 else "")
+        raise NonFiniteError(
+            f"The inner loss of {where} is {losses[tuple(index)].item()}. Lower the inner learning rate, clip the "
+            f"inner gradients, or look at that batch."
+        )
+    if not loss.isfinite():
+        raise NonFiniteError(f"The meta-loss is {loss.item()}, though all inner losses are finite. Look at the query.")
+
+
+def _check_graph(
+    loss: Tensor,
+    problem: Problem,
+    meta: Meta,
+    own_meta: Meta,
+    own_carry: Carry | None,
+    *,
+    complete: bool,
+    estimator: Estimator,
+) -> None:
+    """Raise when the loss is detached, depends on something undeclared, or not on a leaf that asks for a gradient."""
+    if not loss.requires_grad:
+        raise DetachedError(
+            "The meta-loss does not depend on meta: somewhere it was detached or computed under no_grad. Compute it "
+            "from the arguments `meta` and `state`."
+        )
+    declared = [leaf for leaf in tree.leaves((own_meta, own_carry)) if isinstance(leaf, Tensor)]
+    reached = check_declared([loss], declared, problem).nodes
+    if not complete:
+        return
+    names = [name for name, _ in tree.named_leaves(meta, "meta")]
+    pairs = enumerate(zip(names, tree.leaves(own_meta), strict=True))
+    missed = {index: name for index, (name, leaf) in pairs if leaf.requires_grad and leaf.grad_fn not in reached}
+    if missed and not expect_use(reached, missed, estimator.unreached_advice):
+        raise UnreachedLeafError(missed.values(), estimator.unreached_advice)

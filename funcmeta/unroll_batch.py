@@ -1,0 +1,170 @@
+"""Unroll many tasks at once, and average their meta-losses."""
+
+import time
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from funcmeta import tree
+from funcmeta._batching import count, stack, take
+from funcmeta._errors import ArgumentError, FuncmetaError
+from funcmeta._typing import Meta
+from funcmeta.estimators import Estimator, Reverse
+from funcmeta.memory import Memory, StoreAll
+from funcmeta.problem import Problem
+from funcmeta.tasks import Task
+from funcmeta.unroll import Carry, Unrolled, UnrollInfo, run
+
+Strategy = Literal["auto", "vmap", "loop"]
+
+
+def unroll_batch(
+    problem: Problem,
+    meta: Meta,
+    tasks: Task,
+    *,
+    steps: int,
+    strategy: Strategy = "auto",
+    estimator: Estimator = Reverse(),  # noqa: B008
+    memory: Memory = StoreAll(),  # noqa: B008
+    seed: int = 0,
+    carry: Carry | None = None,
+) -> Unrolled:
+    """``unroll`` over stacked tasks: L(meta) = (1/T) Σ_t L_t(meta), one graph, one backward pass.
+
+    Args:
+        problem: as for ``unroll``.
+        meta: as for ``unroll``; shared by all tasks.
+        tasks: one ``Task`` whose tensors have a leading task dimension T, or whose support is a function of the step
+            that returns such a batch.
+        steps: number of inner steps, 0 or more.
+        strategy: "vmap" runs the tasks as one batched computation; "loop" one after the other; "auto" takes one step
+            both ways on the first call with these shapes, keeps the faster one in mind, and reports it in
+            ``out.info.strategy``.
+        estimator: as for ``unroll``.
+        memory: as for ``unroll``.
+        seed: as for ``unroll``. With dropout or other draws, "vmap" and "loop" draw differently from one seed.
+        carry: as for ``unroll``, from an earlier ``unroll_batch``.
+
+    Returns:
+        ``Unrolled`` with the mean loss; state and losses have a task dimension (first in state, last in losses).
+
+    Raises:
+        ArgumentError: an unknown strategy, and as ``unroll``.
+        StructureError: the tensors of ``tasks`` share no leading dimension, and as ``unroll``.
+
+    Example:
+        >>> from funcmeta.problem import StepInfo, value_and_grad
+        >>> def step(meta, a, x, seed):
+        ...     loss, slope = value_and_grad(lambda a: (a - x) ** 2)(a)
+        ...     return a - meta * slope, StepInfo(loss)
+        >>> problem = Problem(lambda meta, task, seed: torch.zeros(()), step, lambda meta, a, x, seed: (a - x) ** 2)
+        >>> targets = torch.tensor([1.0, 3.0])
+        >>> rate = torch.tensor(0.25, requires_grad=True)
+        >>> unroll_batch(problem, rate, Task(targets, targets), steps=1, strategy="vmap").loss
+        tensor(1.2500, grad_fn=<MeanBackward0>)
+
+    Source: the sum over tasks of Finn et al. (2017), equation 1; batching by ``torch.func.vmap``.
+    """
+    if strategy not in ("auto", "vmap", "loop"):
+        raise ArgumentError(f"strategy is {strategy!r}, expected 'auto', 'vmap' or 'loop'. Pass one of them.")
+    if not isinstance(tasks, Task):
+        raise ArgumentError(f"tasks is a {type(tasks).__name__}, expected one Task with stacked tensors. Stack them.")
+    start = carry.step if carry else 0
+    first = tasks.support(start) if callable(tasks.support) else tasks.support
+    number = count((first, tasks.query))
+    if strategy == "auto":
+        strategy = _faster(problem, meta, tasks, first, number, estimator, seed)
+    if strategy == "vmap":
+        return run(
+            problem, meta, tasks, steps=steps, estimator=estimator, memory=memory, seed=seed, carry=carry, tasks=number
+        )
+    return _loop(problem, meta, tasks, number, steps, estimator, memory, seed, carry)
+
+
+def _loop(
+    problem: Problem,
+    meta: Meta,
+    tasks: Task,
+    number: int,
+    steps: int,
+    estimator: Estimator,
+    memory: Memory,
+    seed: int,
+    carry: Carry | None,
+) -> Unrolled:
+    outs = [
+        run(
+            problem,
+            meta,
+            take(tasks, index),
+            steps=steps,
+            estimator=estimator,
+            memory=memory,
+            seed=seed,
+            carry=None if carry is None else Carry(take(carry.state, index), carry.step),
+        )
+        for index in range(number)
+    ]
+    info = UnrollInfo(
+        torch.stack([out.info.losses for out in outs], dim=1),
+        tuple(stack(column) for column in zip(*[out.info.aux for out in outs], strict=True)),
+        "loop",
+    )
+    loss = torch.stack([out.loss for out in outs]).mean()
+    return Unrolled(
+        loss,
+        stack([out.state for out in outs]),
+        info,
+        Carry(stack([out.carry.state for out in outs]), outs[0].carry.step),
+    )
+
+
+_known: WeakKeyDictionary[Any, dict[Any, Strategy]] = WeakKeyDictionary()
+
+
+def _faster(
+    problem: Problem, meta: Meta, tasks: Task, first: Any, number: int, estimator: Estimator, seed: int
+) -> Strategy:
+    """The strategy that takes one step and its derivative in less time here, measured once per shapes and device."""
+    leaves = [leaf for leaf in tree.leaves((meta, first, tasks.query)) if isinstance(leaf, Tensor)]
+    key = (estimator, *[(leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves])
+    known = _known.setdefault(getattr(problem.step, "__func__", problem.step), {})
+    if key not in known:
+        strategies: tuple[Strategy, ...] = ("vmap", "loop")
+        known[key] = min(strategies, key=lambda each: _seconds(each, problem, meta, tasks, number, estimator, seed))
+    return known[key]
+
+
+def _seconds(
+    strategy: Strategy, problem: Problem, meta: Meta, tasks: Task, number: int, estimator: Estimator, seed: int
+) -> float:
+    """Time of one step and its meta-gradient, the second time it is run; infinite when vmap can not run the step."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        if strategy == "vmap":
+            out = run(problem, meta, tasks, steps=1, estimator=estimator, seed=seed, tasks=number, trial=True)
+            loss = out.loss
+        else:
+            every = [take(tasks, index) for index in range(number)]
+            outs = [run(problem, meta, task, steps=1, estimator=estimator, seed=seed, trial=True) for task in every]
+            loss = torch.stack([out.loss for out in outs]).mean()
+        wanted = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
+        if loss.requires_grad:
+            torch.autograd.grad(loss, wanted, materialize_grads=True)
+        if loss.is_cuda:
+            torch.cuda.synchronize(loss.device)
+        return time.perf_counter() - began
+
+    try:
+        once()
+        return once()
+    except FuncmetaError:
+        raise
+    except RuntimeError:
+        if strategy == "vmap":
+            return float("inf")
+        raise
