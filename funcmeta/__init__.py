@@ -4,7 +4,7 @@ One inner step is ``state', info = step(meta, state, batch, seed)``. The library
 compares and checks the repetition of that function.
 """
 
-from funcmeta import estimators, memory, optim, tasks
+from funcmeta import algorithms, estimators, memory, optim, tasks
 from funcmeta._errors import (
     ArgumentError,
     CapturedTensorError,
@@ -56,6 +56,7 @@ __all__ = [
     "UnreachedLeafError",
     "UnrollInfo",
     "Unrolled",
+    "algorithms",
     "apply_updates",
     "chain",
     "estimators",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcmeta import tree
 from funcmeta._errors import DetachedError, LossError, StructureError
-from funcmeta._graph import alias, inner_leaf, inside_functorch
+from funcmeta._graph import alias, inner_leaf, inside_functorch, walk
 from funcmeta._typing import Tree
 
 Objective = Callable[[Tree], tuple[Tensor, Any]]
@@ -113,19 +113,44 @@ _rule: ContextVar[Rule | None] = ContextVar("funcmeta_inner_gradient", default=N
 
 def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gradient:
     if torch.compiler.is_compiling() or inside_functorch():
-        grads, (value, aux) = torch.func.grad_and_value(objective, has_aux=True)(params)
-        return Gradient(value, aux, grads)
+        return _by_functorch(objective, params)
     attached = torch.is_grad_enabled()
     with torch.enable_grad():
         inputs = tree.map(lambda leaf: alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf), params)
         value, aux = objective(inputs)
+        attached = attached and (_requires_grad(params) or bool(walk(_tensors((value, aux))).leaves))
         leaves, spec = tree.flatten(inputs)
         grads = torch.autograd.grad(
-            value, leaves, create_graph=differentiable, retain_graph=attached, materialize_grads=True
+            value, leaves, create_graph=differentiable and attached, retain_graph=attached, materialize_grads=True
         )
     if not attached:
         value, aux = tree.detach((value, aux))
     return Gradient(value, aux, tree.unflatten(grads, spec))
+
+
+def _by_functorch(objective: Objective, params: Tree) -> Gradient:
+    """The gradient by ``torch.func``, whose auxiliary outputs can only be tensors."""
+    other: list[Any] = []
+
+    def tensors_only(inputs: Tree) -> tuple[Tensor, list[Tensor]]:
+        value, aux = objective(inputs)
+        leaves, spec = tree.flatten(aux)
+        other[:] = [leaves, spec]
+        return value, _tensors(leaves)
+
+    grads, (value, tensors) = torch.func.grad_and_value(tensors_only, has_aux=True)(params)
+    leaves, spec = other
+    following = iter(tensors)
+    aux = tree.unflatten([next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+    return Gradient(value, aux, grads)
+
+
+def _tensors(value: Tree) -> list[Tensor]:
+    return [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _requires_grad(value: Tree) -> bool:
+    return any(leaf.requires_grad for leaf in _tensors(value))
 
 
 def _check_params(params: Tree) -> None:

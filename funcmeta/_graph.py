@@ -122,7 +122,7 @@ def _variables(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
         found.update({name: function.__globals__[name] for name in names if name in function.__globals__})
         found.update({f"default {index}": value for index, value in enumerate(function.__defaults__ or ())})
     elif isinstance(function, tuple) and hasattr(function, "_fields"):
-        found = function._asdict()
+        found = dict(zip(function._fields, function, strict=True))
     elif not isinstance(function, Tensor | nn.Module | type | types.ModuleType):
         found = dict(getattr(function, "__dict__", {}))
     yield from found.items()

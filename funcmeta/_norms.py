@@ -22,7 +22,8 @@ class ExactNorms(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _EXACT.get(func, func)(*args, **(kwargs or {}))
+        run: Callable[..., Any] = _EXACT.get(func, func)
+        return run(*args, **(kwargs or {}))
 
 
 def _batch_norm(

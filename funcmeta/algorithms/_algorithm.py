@@ -1,0 +1,88 @@
+"""The one shape of every algorithm, and how the inner-loop ones are put together."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from funcmeta import tree
+from funcmeta._errors import ArgumentError
+from funcmeta._typing import Meta
+from funcmeta.estimators import Estimator
+from funcmeta.memory import Memory
+from funcmeta.model import functionalize
+from funcmeta.optim import Transform
+from funcmeta.problem import InnerLoss, Predict, inner_problem
+from funcmeta.tasks import Task
+from funcmeta.unroll import unroll
+from funcmeta.unroll_batch import Strategy, unroll_batch
+
+
+class MetaLoss(Protocol):
+    """The meta-loss of an algorithm over stacked tasks."""
+
+    def __call__(self, meta: Meta, tasks: Task, *, seed: int = 0) -> Tensor:
+        """0-d mean loss, attached to ``meta``."""
+
+
+class Adapt(Protocol):
+    """What an algorithm does with one new task."""
+
+    def __call__(self, meta: Meta, task: Task, *, seed: int = 0) -> Predict:
+        """Train on ``task.support`` without a graph; the module with the adapted parameters."""
+
+
+class Algorithm(NamedTuple):
+    """A meta-learning algorithm as three functions; the outer loop around them is ordinary PyTorch.
+
+    Attributes:
+        init: () → meta, fresh leaves that require grad.
+        loss: (meta, tasks, seed=0) → 0-d mean loss over stacked tasks, attached to meta.
+        adapt: (meta, task, seed=0) → predict, the module trained on one task's support.
+
+    Example:
+        >>> Algorithm._fields
+        ('init', 'loss', 'adapt')
+
+    Source: this library.
+    """
+
+    init: Callable[[], Meta]
+    loss: MetaLoss
+    adapt: Adapt
+
+
+def inner_loop(
+    module: nn.Module,
+    loss_fn: InnerLoss,
+    *,
+    init: Callable[[], Meta],
+    optimizer: Transform | Callable[[Meta], Transform],
+    steps: int,
+    estimator: Estimator,
+    memory: Memory,
+    strategy: Strategy,
+    train: bool | None,
+    adapted: Callable[[str], bool] | None = None,
+) -> Algorithm:
+    """The algorithm that trains ``module`` for some steps by ``optimizer`` and differentiates that by ``estimator``."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ArgumentError(f"steps is {steps!r}, expected a positive integer. Pass e.g. steps=5.")
+    model, _, _ = functionalize(module)
+    judged = inner_problem(module, loss_fn, optimizer=optimizer, train=train, adapt=adapted)
+    unjudged = inner_problem(module, loss_fn, optimizer=optimizer, train=train, adapt=adapted, trajectory_loss=True)
+
+    def loss(meta: Meta, tasks: Task, *, seed: int = 0) -> Tensor:
+        out = unroll_batch(
+            judged, meta, tasks, steps=steps, strategy=strategy, estimator=estimator, memory=memory, seed=seed
+        )
+        return out.loss
+
+    def adapt(meta: Meta, task: Task, *, seed: int = 0) -> Predict:
+        constant = tree.detach(meta)
+        with torch.no_grad():
+            state = unroll(unjudged, constant, task, steps=steps, seed=seed).state
+        return Predict(model, {**constant["params"], **state.params}, state.buffers, train=train)
+
+    return Algorithm(init, loss, adapt)
