@@ -1,5 +1,7 @@
 """Transforms of gradients, to be chained before an optimizer: clips, scaling, weight decay."""
 
+from __future__ import annotations  # torch.compile does not trace tuple[...] in an inner function
+
 import torch
 from torch import Tensor
 

@@ -1,5 +1,7 @@
 """RAdam."""
 
+from __future__ import annotations  # torch.compile does not trace tuple[...] in an inner function
+
 import torch
 from torch import Tensor
 

@@ -1,5 +1,7 @@
 """From a rule for one tensor to a transform of a tree: the part that all optimizers share."""
 
+from __future__ import annotations  # torch.compile does not trace tuple[...] in an inner function
+
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

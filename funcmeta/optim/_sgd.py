@@ -1,5 +1,7 @@
 """Stochastic gradient descent."""
 
+from __future__ import annotations  # torch.compile does not trace tuple[...] in an inner function
+
 from typing import NamedTuple
 
 import torch

@@ -1,5 +1,7 @@
 """Transforms as such: their type, how they are chained, restricted to some parameters, and applied."""
 
+from __future__ import annotations  # torch.compile does not trace tuple[...] in an inner function
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
