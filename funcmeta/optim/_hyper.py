@@ -36,9 +36,12 @@ class Hypers:
         self.rest = {name: hyper for name, hyper in hypers.items() if name not in self.fixed}
         self.scheduled = any(callable(hyper) for hyper in self.rest.values())
 
-    def is_zero(self, name: str) -> bool:
-        """Whether the hyper-parameter is the number 0, so that the work for it can be left out."""
-        return is_zero(self.fixed.get(name))
+    def uses(self, name: str) -> bool:
+        """Whether there is work to do for this one: not so when it is absent or the Python number 0."""
+        if name in self.rest:
+            return True
+        hyper = self.fixed.get(name, 0)
+        return isinstance(hyper, Tensor) or hyper != 0
 
     def single(self, name: str, step: Any) -> Value:
         """The value that all parameters share at this step; an error where it differs within them."""
@@ -78,11 +81,6 @@ class Hypers:
                         f"{list(leaf.shape)}. Pass a 0-d tensor, or a tree like the parameters."
                     )
         return shared, rows
-
-
-def is_zero(value: Value) -> bool:
-    """Whether this is the Python number 0; a tensor never is, as its value must not steer Python."""
-    return isinstance(value, int | float) and value == 0
 
 
 def pair(betas: tuple[Hyper, Hyper]) -> tuple[Hyper, Hyper]:

@@ -58,7 +58,7 @@ def rmsprop(
     Source: Tieleman and Hinton 2012 (lecture 6.5); Graves 2013 (arXiv:1308.0850), equation 38; torch.optim.RMSprop.
     """
     hypers = Hypers(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
-    heavy = not hypers.is_zero("momentum")
+    heavy = hypers.uses("momentum")
 
     def rule(values: Values, param: Tensor, grad: Tensor, square_avg: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         square = square_avg = blend(square_avg, grad * grad, values["alpha"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # torch.compile does not trace tuple[...] in an inner function
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from funcmeta import tree
 from funcmeta._errors import StructureError
 from funcmeta._typing import Tree
-from funcmeta.optim._hyper import Hypers, Values, is_zero
+from funcmeta.optim._hyper import Hypers, Values
 from funcmeta.optim._transform import Transform
 
 Slot = Callable[[Tensor, Values], Tensor]
@@ -51,7 +51,10 @@ def per_tensor(
     """
     slots = slots or {}
     counted = counted or hypers.scheduled
-    sign = -1 if maximize else 1
+    if hypers.uses("weight_decay"):
+        rule = _shrinking(rule) if decoupled else _decaying(rule)
+    if maximize:
+        rule = _climbing(rule)
 
     def values_of(step: Any, params: Tree, leaves: list[Tensor]) -> list[Values]:
         shared, own = hypers.resolve(step, params, leaves)
@@ -62,40 +65,48 @@ def per_tensor(
 
     def init(params: Tree) -> Any:
         tree.check_tensors(params, name="params")
-        leaves, rebuild = _split(params)
+        flat = _is_flat(params)
+        leaves = tree.leaves(params)
         step = step_zero(leaves) if counted else ()
-        values = values_of(step, params, leaves)
-        columns = {name: [slot(*row) for row in zip(leaves, values, strict=True)] for name, slot in slots.items()}
-        return state(step=step, **{name: rebuild(column) for name, column in columns.items()})
+        rows = list(zip(leaves, values_of(step, params, leaves), strict=True))
+        return state(
+            step=step, **{name: _tree(params, flat, [slot(*row) for row in rows]) for name, slot in slots.items()}
+        )
 
     def update(grads: Tree, old: Any, params: Tree) -> tuple[Tree, Any]:
-        leaves, rebuild = _split(params)
-        columns = [_column(params, grads, "grads"), *[_column(params, getattr(old, name), name) for name in slots]]
-        values = values_of(old.step, params, leaves)
-        results = [_one(*row) for row in zip(values, leaves, *columns, strict=True)]
-        new = list(zip(*results, strict=True)) or [()] * (1 + len(slots))
+        flat = _is_flat(params)
+        leaves = list(params.values()) if flat else tree.leaves(params)
+        given = _column(params, flat, grads, "grads")
+        kept = [_column(params, flat, getattr(old, name), name) for name in slots]
+        _check_gradients(given, leaves)
+        rows = zip(values_of(old.step, params, leaves), leaves, given, *kept, strict=True)
+        results = [_same_dtypes(rule(*row), row) for row in rows]
+        columns = list(zip(*results, strict=True)) or [()] * (1 + len(slots))
+        updates, *fresh = [_tree(params, flat, column) for column in columns]
         step = old.step + 1 if counted else ()
-        fields = {name: rebuild(column) for name, column in zip(slots, new[1:], strict=True)}
-        return rebuild(new[0]), state(step=step, **fields)
-
-    def _one(values: Values, param: Tensor, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
-        if not isinstance(grad, Tensor) or grad.shape != param.shape:
-            raise StructureError(
-                f"a gradient is {tree.describe(grad)}, but its parameter is {tree.describe(param)}. Pass one gradient "
-                "of the same shape for each parameter; zeros where the loss does not depend on it."
-            )
-        decay = values.get("weight_decay", 0)
-        if sign < 0:
-            grad = -grad
-        if not decoupled and not is_zero(decay):
-            grad = grad + decay * param
-        update, *fresh = rule(values, param, grad, *kept)
-        if decoupled and not is_zero(decay):
-            update = update - values["lr"] * decay * param
-        pairs = zip((update, *fresh), (param, *kept), strict=True)
-        return tuple(value if value.dtype == like.dtype else value.to(like.dtype) for value, like in pairs)
+        return updates, state(step=step, **dict(zip(slots, fresh, strict=True)))
 
     return Transform(init, update)
+
+
+def _decaying(rule: Rule) -> Rule:
+    """The rule for the gradient with weight decay added."""
+    return lambda values, param, grad, *kept: rule(values, param, grad + values["weight_decay"] * param, *kept)
+
+
+def _shrinking(rule: Rule) -> Rule:
+    """The rule, and then decoupled weight decay."""
+
+    def shrinking(values: Values, param: Tensor, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        update, *fresh = rule(values, param, grad, *kept)
+        return update - values["lr"] * values["weight_decay"] * param, *fresh
+
+    return shrinking
+
+
+def _climbing(rule: Rule) -> Rule:
+    """The rule for the opposite gradient."""
+    return lambda values, param, grad, *kept: rule(values, param, -grad, *kept)
 
 
 def step_zero(leaves: list[Tensor]) -> Tensor:
@@ -103,20 +114,38 @@ def step_zero(leaves: list[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 
 
-def _split(params: Tree) -> tuple[list[Tensor], Callable[[Any], Tree]]:
-    """The leaves, and the function that puts as many others in their place; quick for a flat dict."""
-    if _is_flat(params):
-        return list(params.values()), lambda column: dict(zip(params, column, strict=True))
-    leaves, spec = tree.flatten(params)
-    return leaves, lambda column: tree.unflatten(list(column), spec)
+def _check_gradients(grads: list[Any], params: list[Tensor]) -> None:
+    for grad, param in zip(grads, params, strict=True):
+        if getattr(grad, "shape", None) != param.shape:
+            raise StructureError(
+                f"a gradient is {tree.describe(grad)}, but its parameter is {tree.describe(param)}. Pass one gradient "
+                "of the same shape for each parameter; zeros where the loss does not depend on it."
+            )
 
 
-def _column(params: Tree, other: Tree, name: str) -> list[Any]:
+def _same_dtypes(fresh: tuple[Tensor, ...], row: tuple[Any, ...]) -> list[Tensor]:
+    """The update and new slots in the dtypes of the parameter and the old slots."""
+    _, param, _, *kept = row
+    return [
+        value if value.dtype == like.dtype else value.to(like.dtype)
+        for value, like in zip(fresh, (param, *kept), strict=True)
+    ]
+
+
+def _is_flat(params: Tree) -> bool:
+    """Whether this is a parameter dict, for which the quick way is taken below."""
+    return type(params) is dict and all(isinstance(leaf, Tensor) for leaf in params.values())
+
+
+def _column(params: Tree, flat: bool, other: Tree, name: str) -> list[Any]:
     """The leaves of a tree like the parameters, in their order."""
-    if _is_flat(params) and type(other) is dict and other.keys() == params.keys():
+    if flat and type(other) is dict and other.keys() == params.keys():
         return [other[key] for key in params]
     return tree.aligned(params, other, name=name)
 
 
-def _is_flat(params: Tree) -> bool:
-    return type(params) is dict and all(isinstance(leaf, Tensor) for leaf in params.values())
+def _tree(params: Tree, flat: bool, column: Sequence[Tensor]) -> Tree:
+    """The tree like the parameters with these leaves."""
+    if flat:
+        return dict(zip(params, column, strict=True))
+    return tree.unflatten(list(column), tree.flatten(params)[1])

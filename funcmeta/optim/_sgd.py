@@ -60,8 +60,8 @@ def sgd(
     Source: torch.optim.SGD; Sutskever et al. 2013 (Proceedings of ICML) for Nesterov's variant.
     """
     hypers = Hypers(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
-    heavy = not hypers.is_zero("momentum")
-    damped = heavy and not hypers.is_zero("dampening")
+    heavy = hypers.uses("momentum")
+    damped = heavy and hypers.uses("dampening")
     if nesterov and (not heavy or damped):
         raise ArgumentError(
             f"nesterov=True with momentum={momentum!r} and dampening={dampening!r}, expected a momentum and the number "
