@@ -1,0 +1,18 @@
+"""Checks for users as well as for this library: finite differences, meta-gradients, tolerances."""
+
+from funcmeta.testing._differences import Derivative, finite_difference
+from funcmeta.testing._failures import CheckError, MetaGradientMismatch, VacuousCheckError
+from funcmeta.testing._meta_gradient import MetaGradientCheck, check_meta_grad
+from funcmeta.testing._tolerances import TOLERANCES, Tolerances
+
+__all__ = [
+    "TOLERANCES",
+    "CheckError",
+    "Derivative",
+    "MetaGradientCheck",
+    "MetaGradientMismatch",
+    "Tolerances",
+    "VacuousCheckError",
+    "check_meta_grad",
+    "finite_difference",
+]
