@@ -1,9 +1,11 @@
 """Checks for users as well as for this library: finite differences, meta-gradients, tolerances."""
 
+from funcmeta.testing import mutants
 from funcmeta.testing._differences import Derivative, finite_difference
 from funcmeta.testing._failures import CheckError, MetaGradientMismatch, VacuousCheckError
 from funcmeta.testing._meta_gradient import MetaGradientCheck, check_meta_grad
 from funcmeta.testing._tolerances import TOLERANCES, Tolerances
+from funcmeta.testing._transform import check_transform
 
 __all__ = [
     "TOLERANCES",
@@ -14,5 +16,7 @@ __all__ = [
     "Tolerances",
     "VacuousCheckError",
     "check_meta_grad",
+    "check_transform",
     "finite_difference",
+    "mutants",
 ]

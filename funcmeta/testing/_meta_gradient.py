@@ -103,7 +103,7 @@ def check_meta_grad(
         ...     loss, slope = fm.value_and_grad(lambda a: torch.cos(a * x))(a)
         ...     return a - meta["lr"] * slope, fm.StepInfo(loss)
         >>> problem = fm.Problem(lambda meta, task, seed: meta["a"], step, lambda meta, a, x, seed: torch.cos(a * x))
-        >>> x, a, lr = torch.tensor([2.0, 1.0, 0.3], dtype=torch.float64)
+        >>> x, a, lr = torch.tensor([2.0, 1.0, 0.1], dtype=torch.float64)
         >>> meta = {"a": a.requires_grad_(), "lr": lr.requires_grad_()}
         >>> check = check_meta_grad(problem, meta, fm.Task(x, x), steps=3)
         >>> check.worst.error < 1e-8, check.vacuous
