@@ -20,6 +20,7 @@ from funcmeta._errors import (
     UnreachedLeafError,
 )
 from funcmeta._gradient import value_and_grad
+from funcmeta.compare import Comparison, compare
 from funcmeta.estimators import FirstOrder, Reptile, Reverse
 from funcmeta.memory import Segments, StoreAll
 from funcmeta.model import FunctionalModel, functionalize, init_params
@@ -33,6 +34,7 @@ __all__ = [
     "ArgumentError",
     "CapturedTensorError",
     "Carry",
+    "Comparison",
     "DataError",
     "DetachedError",
     "FirstOrder",
@@ -59,6 +61,7 @@ __all__ = [
     "algorithms",
     "apply_updates",
     "chain",
+    "compare",
     "estimators",
     "functionalize",
     "init_params",

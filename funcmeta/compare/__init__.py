@@ -1,0 +1,6 @@
+"""Estimators of the meta-gradient side by side: direction, size, error, time and memory."""
+
+from funcmeta.compare._compare import compare
+from funcmeta.compare._comparison import Comparison, LeafRow, Row
+
+__all__ = ["Comparison", "LeafRow", "Row", "compare"]
