@@ -80,9 +80,9 @@ def per_tensor(
         kept = [_column(params, flat, getattr(old, name), name) for name in slots]
         _check_gradients(given, leaves)
         rows = zip(values_of(old.step, params, leaves), leaves, given, *kept, strict=True)
-        results = [_same_dtypes(rule(*row), row) for row in rows]
-        columns = list(zip(*results, strict=True)) or [()] * (1 + len(slots))
-        updates, *fresh = [_tree(params, flat, column) for column in columns]
+        columns = list(zip(*[rule(*row) for row in rows], strict=True)) or [()] * (1 + len(slots))
+        casts = [_like(column, likes) for column, likes in zip(columns, (leaves, *kept), strict=True)]
+        updates, *fresh = [_tree(params, flat, cast) for cast in casts]
         step = old.step + 1 if counted else ()
         return updates, state(step=step, **dict(zip(slots, fresh, strict=True)))
 
@@ -123,13 +123,10 @@ def _check_gradients(grads: list[Any], params: list[Tensor]) -> None:
             )
 
 
-def _same_dtypes(fresh: tuple[Tensor, ...], row: tuple[Any, ...]) -> list[Tensor]:
-    """The update and new slots in the dtypes of the parameter and the old slots."""
-    _, param, _, *kept = row
-    return [
-        value if value.dtype == like.dtype else value.to(like.dtype)
-        for value, like in zip(fresh, (param, *kept), strict=True)
-    ]
+def _like(fresh: Sequence[Tensor], likes: list[Tensor]) -> list[Tensor]:
+    """The tensors in the dtypes of those that they replace."""
+    pairs = zip(fresh, likes, strict=True)
+    return [value if value.dtype == like.dtype else value.to(like.dtype) for value, like in pairs]
 
 
 def _is_flat(params: Tree) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # torch.compile does not trace tuple[...] in an inner function
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 
     Source: optax.apply_updates (https://optax.readthedocs.io).
     """
-    return tree.map(torch.add, params, updates)
+    return tree.map(operator.add, params, updates)
 
 
 def chain(*transforms: Transform) -> Transform:

@@ -98,6 +98,9 @@ CASES = {
 }
 """By name: each optimizer with each option on its own and with others, and the transforms of gradients before SGD."""
 
+MAIN = {name: case for name, case in CASES.items() if not name.endswith(" up")}
+"""Without those that differ from another case by a sign only, for tests that take long."""
+
 TORCH_CASES = {name: case for name, case in CASES.items() if case.namesake}
 
 WHOLE = frozenset({"clip by global norm"})
