@@ -55,7 +55,7 @@ TRIPLES = [
     (name, hyper, form)
     for name, hyper in PAIRS
     for form in FORMS
-    if form == "tensor" or name in MAIN and not (form == "tree" and name in WHOLE)
+    if form == "tensor" or (name in MAIN and not (form == "tree" and name in WHOLE))
 ]
 
 
