@@ -1,10 +1,11 @@
-"""Normalization layers whose derivatives are right to every order.
+"""Normalization layers whose derivatives are right to every order, and recurrent layers that can be batched.
 
 On torch 2.13 the fused kernels of batch, layer and instance normalization give wrong numbers, without an error, in two
 cases that meta-learning meets: the third derivative (pytorch issues 186256 and 175754), which a meta-gradient that is
 differentiated again contains, and the second derivative under ``vmap`` when weight and bias are batched, as they are
 after one inner step of several tasks. Written out in elementary operations both are right, at the same speed for a
-second-order meta-gradient. Group and RMS normalization are right as they are.
+second-order meta-gradient. Group and RMS normalization are right as they are. Recurrent layers have no batching rule,
+but ``torch.func.vjp`` takes them apart into operations that have one.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from funcmeta._graph import inside_functorch
+
 
 class ExactNorms(TorchFunctionMode):
-    """Inside this mode ``torch.nn.functional`` computes those normalizations by elementary operations."""
+    """Inside this mode ``torch.nn.functional`` computes those layers by elementary operations."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -72,6 +75,17 @@ def _layer_norm(
     return _normalized(input, tuple(range(-len(normalized_shape), 0)), weight, bias, tuple(normalized_shape), eps)
 
 
+def _batchable(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """The recurrent layer; inside ``torch.func`` in elementary operations."""
+
+    def run(input: Tensor, *rest: Any) -> Any:
+        if inside_functorch():
+            return torch.func.vjp(lambda tensor: layer(tensor, *rest), input)[0]
+        return layer(input, *rest)
+
+    return run
+
+
 def _normalized(
     input: Tensor,
     over: tuple[int, ...],
@@ -89,8 +103,9 @@ def _normalized(
     return out if bias is None else out + bias.reshape(shape)
 
 
-_EXACT: dict[Any, Callable[..., Tensor]] = {
+_EXACT: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
+    **{layer: _batchable(layer) for layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
