@@ -22,6 +22,7 @@ from funcmeta._errors import (
 from funcmeta._gradient import value_and_grad
 from funcmeta.compare import Comparison, compare
 from funcmeta.estimators import FirstOrder, Reptile, Reverse
+from funcmeta.inspect import Finding, Readiness, inspect
 from funcmeta.memory import Segments, StoreAll
 from funcmeta.model import FunctionalModel, functionalize, init_params
 from funcmeta.optim import Transform, apply_updates, chain
@@ -37,6 +38,7 @@ __all__ = [
     "Comparison",
     "DataError",
     "DetachedError",
+    "Finding",
     "FirstOrder",
     "FuncmetaError",
     "FunctionalModel",
@@ -46,6 +48,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "Problem",
+    "Readiness",
     "ReplayError",
     "Reptile",
     "Reverse",
@@ -66,6 +69,7 @@ __all__ = [
     "functionalize",
     "init_params",
     "inner_problem",
+    "inspect",
     "memory",
     "optim",
     "tasks",

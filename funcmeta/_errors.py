@@ -1,58 +1,151 @@
 """Every error the library raises on purpose. A message says what came, what was expected, and what to do."""
 
 from collections.abc import Iterable
+from typing import Self
 
 
 class FuncmetaError(Exception):
-    """Base of every error raised by funcmeta, so that one ``except`` can catch them all."""
+    """Base of every error raised by funcmeta, so that one ``except`` can catch them all.
+
+    Examples:
+        >>> issubclass(ArgumentError, FuncmetaError)
+        True
+
+    Source: this library.
+    """
 
 
 class ArgumentError(FuncmetaError, ValueError):
-    """An argument has a value or a type that the function can not work with."""
+    """An argument has a value or a type that the function can not work with.
+
+    Examples:
+        >>> issubclass(ArgumentError, ValueError)
+        True
+
+    Source: this library.
+    """
 
 
 class StructureError(FuncmetaError, ValueError):
-    """Two trees that must agree differ in keys, shapes, dtypes or devices."""
+    """Two trees that must agree differ in keys, shapes, dtypes or devices.
+
+    Examples:
+        >>> issubclass(StructureError, ValueError)
+        True
+
+    Source: this library.
+    """
 
 
 class LossError(FuncmetaError, ValueError):
-    """A loss is not a scalar floating-point tensor."""
+    """A loss is not a scalar floating-point tensor.
+
+    Examples:
+        >>> issubclass(LossError, ValueError)
+        True
+
+    Source: this library.
+    """
 
 
 class NonFiniteError(FuncmetaError, ArithmeticError):
-    """A loss is NaN or infinite."""
+    """A loss is NaN or infinite.
+
+    Examples:
+        >>> issubclass(NonFiniteError, ArithmeticError)
+        True
+
+    Source: this library.
+    """
 
 
 class GraphError(FuncmetaError, RuntimeError):
-    """The autograd graph does not carry the derivative that the estimator promises."""
+    """The autograd graph does not carry the derivative that the estimator promises.
+
+    Examples:
+        >>> issubclass(GraphError, RuntimeError)
+        True
+
+    Source: this library.
+    """
 
 
 class DetachedError(GraphError):
-    """A loss does not depend on what it has to be differentiated by, or a compiled loss hides how it does."""
+    """A loss does not depend on what it has to be differentiated by, or a compiled loss hides how it does.
+
+    Examples:
+        >>> issubclass(DetachedError, GraphError)
+        True
+
+    Source: this library.
+    """
 
 
 class CapturedTensorError(GraphError):
-    """A tensor that requires grad is used without having been passed in ``meta``."""
+    """A tensor that requires grad is used without having been passed in ``meta``.
+
+    Examples:
+        >>> issubclass(CapturedTensorError, GraphError)
+        True
+
+    Source: this library.
+    """
 
 
 class UnreachedLeafError(GraphError):
-    """A leaf of ``meta`` requires grad but the loss does not depend on it; ``leaves`` holds the names."""
+    """A leaf of ``meta`` requires grad but the loss does not depend on it.
+
+    Args:
+        leaves: the names of the leaves, kept as ``error.leaves``.
+        advice: what to do about it.
+
+    Examples:
+        >>> UnreachedLeafError(["meta['lr']"], "Use it.").leaves
+        ("meta['lr']",)
+
+    Source: this library.
+    """
 
     def __init__(self, leaves: Iterable[str], advice: str) -> None:
-        self.leaves = tuple(leaves)
+        self.leaves, self.advice = tuple(leaves), advice
         super().__init__(
             f"No gradient reaches {', '.join(self.leaves)}, which requires grad: "
             f"the loss does not depend on it. {advice}"
         )
 
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[str, ...], str]]:
+        """How to make the error again in another process."""
+        return type(self), (self.leaves, self.advice)
+
 
 class ReplayError(FuncmetaError, RuntimeError):
-    """A step that was run again gave something else than the first time."""
+    """A step that was run again gave something else than the first time.
+
+    Examples:
+        >>> issubclass(ReplayError, RuntimeError)
+        True
+
+    Source: this library.
+    """
 
 
 class DataError(FuncmetaError, ValueError):
-    """A file or folder is missing, truncated, foreign or of an unexpected size."""
+    """A file or folder is missing, truncated, foreign or of an unexpected size.
+
+    Examples:
+        >>> issubclass(DataError, ValueError)
+        True
+
+    Source: this library.
+    """
 
 
 class MissingExtraError(FuncmetaError, ImportError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+    """An optional dependency is not installed; the message names the extra that brings it.
+
+    Examples:
+        >>> issubclass(MissingExtraError, ImportError)
+        True
+
+    Source: this library.
+    """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcmeta import tree
 from funcmeta._errors import DetachedError, LossError, StructureError
-from funcmeta._graph import alias, inner_leaf, inside_functorch, walk
+from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, walk
 from funcmeta._typing import Tree
 
 Objective = Callable[[Tree], tuple[Tensor, Any]]
@@ -50,7 +50,7 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
         DetachedError: the loss depends on no parameter.
         StructureError: a leaf of the first argument is not a floating-point tensor.
 
-    Example:
+    Examples:
         >>> square = value_and_grad(lambda p: (p["x"] ** 2).sum())
         >>> square({"x": torch.tensor([1.0, 2.0])})
         (tensor(5.), {'x': tensor([2., 4.])})
@@ -120,6 +120,8 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
         value, aux = objective(inputs)
         attached = attached and (_requires_grad(params) or bool(walk(_tensors((value, aux))).leaves))
         leaves, spec = tree.flatten(inputs)
+        if differentiable and attached:
+            check_differentiable_again(value, leaves)
         grads = torch.autograd.grad(
             value, leaves, create_graph=differentiable and attached, retain_graph=attached, materialize_grads=True
         )

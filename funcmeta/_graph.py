@@ -15,7 +15,8 @@ OPAQUE_EDGES = "opaque_edges"
 """Attribute of a node: how many of its first edges may lead nowhere, so that a walk must not follow them."""
 
 _INNER = "_funcmeta_inner"
-_COMPILED = "CompiledFunctionBackwardBackward"
+_COMPILED = "CompiledFunctionBackward"
+_ONCE = "once_differentiable.<locals>.wrapper"
 
 
 class Reached(NamedTuple):
@@ -61,6 +62,23 @@ def walk(roots: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reached:
     return Reached(seen, leaves)
 
 
+def check_differentiable_again(loss: Tensor, inputs: Iterable[Tensor]) -> None:
+    """Raise ``DetachedError`` when torch would drop the derivative of the gradient of ``loss`` without an error."""
+    for node in walk([loss], inputs).nodes:
+        if type(node).__name__ == _COMPILED:
+            raise DetachedError(
+                "The inner loss runs a function compiled by torch.compile, whose gradient torch does not differentiate "
+                "again: the meta-gradient would be of first order. Compile nothing in the loss, or use FirstOrder()."
+            )
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and function.backward.__code__.co_qualname == _ONCE:
+            raise DetachedError(
+                f"The inner loss runs {function.__name__}, an autograd.Function whose backward is marked "
+                f"once_differentiable: the meta-gradient would be of first order. Give it a differentiable backward, "
+                f"or use FirstOrder()."
+            )
+
+
 def check_declared(roots: Iterable[Tensor], declared: Iterable[Tensor], where: Any) -> Reached:
     """Walk down from ``roots`` and raise when the way does not end at ``declared``.
 
@@ -71,15 +89,8 @@ def check_declared(roots: Iterable[Tensor], declared: Iterable[Tensor], where: A
 
     Raises:
         CapturedTensorError: a tensor that requires grad was used without being declared.
-        DetachedError: the graph passes through the derivative of a compiled function, which torch does not
-            differentiate again.
     """
     reached = walk(roots, declared)
-    if any(type(node).__name__ == _COMPILED for node in reached.nodes):
-        raise DetachedError(
-            "The inner loss is a function compiled by torch.compile; torch does not differentiate its gradient again, "
-            "so the meta-gradient would be of first order. Compile nothing inside the loss, or use FirstOrder()."
-        )
     for leaf in reached.leaves:
         name = _captured_name(where, leaf, reached.nodes) or "A tensor whose name could not be found"
         raise CapturedTensorError(
@@ -106,29 +117,33 @@ def _captured_name(function: Any, leaf: Tensor, nodes: set[Node]) -> str | None:
     return None
 
 
-def _variables(function: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Closure variables, used globals, defaults and bound objects of a function, and of the functions among them."""
-    if id(function) in seen:
+def _variables(value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Closure variables, used globals, defaults and attributes of a function or object, and of those among them."""
+    if id(value) in seen or isinstance(value, Tensor | nn.Module | type | types.ModuleType | types.BuiltinFunctionType):
         return
-    seen.add(id(function))
+    seen.add(id(value))
     found: dict[str, Any] = {}
-    if isinstance(function, types.MethodType):
-        yield from _variables(function.__func__, seen)
-        function = function.__self__
-    if isinstance(function, types.FunctionType):
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            found[name] = cell.cell_contents
-        names = function.__code__.co_names
-        found.update({name: function.__globals__[name] for name in names if name in function.__globals__})
-        found.update({f"default {index}": value for index, value in enumerate(function.__defaults__ or ())})
-    elif isinstance(function, tuple) and hasattr(function, "_fields"):
-        found = dict(zip(function._fields, function, strict=True))
-    elif not isinstance(function, Tensor | nn.Module | type | types.ModuleType):
-        found = dict(getattr(function, "__dict__", {}))
+    if isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        found = {name: cell.cell_contents for name, cell in cells}
+        names = _global_names(value.__code__)
+        found.update({name: value.__globals__[name] for name in names if name in value.__globals__})
+        found.update({f"default {index}": default for index, default in enumerate(value.__defaults__ or ())})
+    elif isinstance(value, types.MethodType):
+        found = {"method": value.__func__, "self": value.__self__}
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        found = dict(zip(value._fields, value, strict=True))
+    else:
+        found = dict(getattr(value, "__dict__", {}))
     yield from found.items()
-    for value in found.values():
-        if callable(value) or (isinstance(value, tuple) and hasattr(value, "_fields")):
-            yield from _variables(value, seen)
+    for each in found.values():
+        yield from _variables(each, seen)
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    """The global names that a function and the functions defined inside it may read."""
+    nested = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return set(code.co_names).union(*[_global_names(each) for each in nested])
 
 
 def inside_functorch() -> bool:

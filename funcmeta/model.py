@@ -1,7 +1,8 @@
 """A module as a pure function of its parameters, its buffers and its inputs."""
 
 import copy
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,26 +25,15 @@ class FunctionalModel:
     - A weight that the module uses under several names is one entry of ``params`` and stays one weight.
     - Buffers (BatchNorm statistics, counters) are constants: copied in and returned, never written in place.
     - Dropout and other draws follow ``seed``: the same seed gives the same draws, and the global generator is put back.
-    - Attention runs through PyTorch's MATH backend, and recurrent layers on a GPU run without cuDNN: the other
-      backends have no second derivative. Batch, layer and instance normalization are computed by elementary
-      operations, because torch's fused kernels are wrong under ``vmap`` and in third derivatives.
+    - Attention runs through PyTorch's MATH backend, and recurrent layers without cuDNN and oneDNN: the other backends
+      lack derivatives, or take many times longer for the second. Batch, layer and instance normalization are
+      computed by elementary operations, because torch's fused kernels are wrong under ``vmap`` and in third
+      derivatives.
 
     Args:
-        params: every trainable tensor, by its ``named_parameters`` name.
-        buffers: every buffer and every frozen parameter, by name.
-        *args: the module's inputs.
-        train: train mode (True), eval mode (False), or each submodule in the mode it was in (None).
-        seed: seed of the draws; None draws from torch's global generator.
-        **kwargs: further inputs of the module.
+        module: the module to take the structure of, as ``functionalize`` does.
 
-    Returns:
-        What the module returns, and the buffers after the call.
-
-    Raises:
-        StructureError: names or shapes differ from the module's.
-        GraphError: the module computes a buffer in such a way that it carries a derivative.
-
-    Example:
+    Examples:
         >>> net = torch.nn.Linear(3, 2)
         >>> model, params, buffers = functionalize(net)
         >>> out, buffers = model(params, buffers, torch.ones(4, 3))
@@ -57,7 +47,7 @@ class FunctionalModel:
         self._shapes = {name: tensor.shape for name, tensor in _trainable(module).items()}
         self._frozen = {name for name, tensor in module.named_parameters() if not tensor.requires_grad}
         self._buffer_names = _constants(module).keys()
-        self._aliases = _aliases(module)
+        self._aliases = tied_names(module)
         self._skeleton = _skeleton(module)
         self._modes = [each.training for each in self._skeleton.modules()]
         self._mode: bool | None = None
@@ -72,7 +62,23 @@ class FunctionalModel:
         seed: int | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Buffers]:
-        """Run the module: see the class."""
+        """Run the module on some tensors.
+
+        Args:
+            params: every trainable tensor, by its ``named_parameters`` name.
+            buffers: every buffer and every frozen parameter, by name.
+            *args: the module's inputs.
+            train: train mode (True), eval mode (False), or each submodule in the mode it was in (None).
+            seed: seed of the draws; None draws from torch's global generator.
+            **kwargs: further inputs of the module.
+
+        Returns:
+            What the module returns, and the buffers after the call.
+
+        Raises:
+            StructureError: names or shapes differ from the module's.
+            GraphError: the module computes a buffer in such a way that it carries a derivative.
+        """
         self._check(params, buffers)
         self._set_mode(train)
         tensors = dict(params)
@@ -82,8 +88,8 @@ class FunctionalModel:
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(ExactNorms())
-            if self._recurrent and any(tensor.is_cuda for tensor in params.values()):
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            if self._recurrent:
+                stack.enter_context(_plain_recurrence())
             if seed is not None:
                 stack.enter_context(rng.forked(seed))
             out = torch.func.functional_call(self._skeleton, tensors, args, kwargs, tie_weights=False)
@@ -137,7 +143,7 @@ def functionalize(module: nn.Module) -> tuple[FunctionalModel, Params, Buffers]:
         ArgumentError: not a module, a lazy module that has not seen data, a scripted module, one that can not be
             copied, or one without a parameter that requires grad.
 
-    Example:
+    Examples:
         >>> model, params, buffers = functionalize(torch.nn.BatchNorm1d(3))
         >>> sorted(params), sorted(buffers)
         (['bias', 'weight'], ['num_batches_tracked', 'running_mean', 'running_var'])
@@ -164,7 +170,7 @@ def init_params(module: nn.Module) -> Params:
     Raises:
         ArgumentError: as ``functionalize``.
 
-    Example:
+    Examples:
         >>> params = init_params(torch.nn.Linear(3, 2))
         >>> {name: leaf.is_leaf and leaf.requires_grad for name, leaf in params.items()}
         {'weight': True, 'bias': True}
@@ -184,7 +190,19 @@ def _constants(module: nn.Module) -> Buffers:
     return {**frozen, **dict(module.named_buffers())}
 
 
-def _aliases(module: nn.Module) -> dict[str, str]:
+@contextmanager
+def _plain_recurrence() -> Iterator[None]:
+    """Recurrent layers without cuDNN and oneDNN, which lack derivatives or take many times longer for the second."""
+    enabled = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
     """Every further name of a tied tensor, with the name it appears under."""
     first: dict[int, str] = {}
     aliases = {}

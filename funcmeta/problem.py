@@ -24,7 +24,7 @@ class InnerState(NamedTuple):
         opt_state: the inner optimizer's state.
         step: 0-d int64 tensor, the number of steps taken.
 
-    Example:
+    Examples:
         >>> InnerState({}, {}, (), torch.tensor(0)).step
         tensor(0)
 
@@ -45,7 +45,7 @@ class StepInfo(NamedTuple):
         meta_loss: 0-d tensor, this step's share of the meta-loss, or None.
         aux: anything else, kept (detached) in the unroll's info.
 
-    Example:
+    Examples:
         >>> StepInfo(torch.tensor(1.5)).meta_loss is None
         True
 
@@ -65,7 +65,7 @@ class Problem(NamedTuple):
         step: (meta, state, batch, seed) → (state, ``StepInfo``), one step; its gradient comes from ``value_and_grad``.
         meta_loss: (meta, state, query, seed) → 0-d tensor, or None when the steps' shares are all of the meta-loss.
 
-    Example:
+    Examples:
         A scalar parameter, one gradient step on a x², judged by the same loss:
 
         >>> def step(meta, a, x, seed):
@@ -141,7 +141,7 @@ def inner_problem(
             meets a meta-loss that needs one.
         StructureError: ``meta["params"]`` does not fit the module in names, shapes, dtypes or device.
 
-    Example:
+    Examples:
         >>> from funcmeta.optim import sgd
         >>> def loss(meta, predict, batch):
         ...     x, y = batch

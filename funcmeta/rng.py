@@ -15,13 +15,17 @@ def fold(seed: int, *numbers: int) -> int:
 
     The mixing is splitmix64 (Steele, Lea and Flood, 2014), so neighbouring numbers give unrelated seeds.
     """
-    state = check_seed(seed)
+    state = _mix(check_seed(seed))
     for number in numbers:
-        state = (state ^ (number & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
-        state ^= state >> 31
-    return state >> 1 if numbers else state
+        state = _mix(state ^ (number & _MASK))
+    return state >> 1
+
+
+def _mix(state: int) -> int:
+    state = state + 0x9E3779B97F4A7C15 & _MASK
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+    return state ^ state >> 31
 
 
 def check_seed(seed: int) -> int:

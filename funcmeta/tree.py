@@ -100,13 +100,14 @@ def check_tensors(tree: Tree, *, name: str) -> None:
 
 def dot(left: Tree, right: Tree) -> Tensor:
     """The inner product Σ left·right over all coordinates of all leaves, a 0-d tensor."""
-    products = [(a * b).sum() for a, b in zip(leaves(left), leaves(right), strict=True)]
+    products = [(a * b).sum() for a, b in zip(leaves(left), aligned(left, right), strict=True)]
     return torch.stack(products).sum() if products else torch.zeros(())
 
 
 def norm(tree: Tree) -> Tensor:
     """The Euclidean norm over all coordinates of all leaves, a 0-d tensor."""
-    return dot(tree, tree).sqrt()
+    norms = [torch.linalg.vector_norm(leaf) for leaf in leaves(tree)]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 def _is_flat(tree: Tree) -> bool:

@@ -33,7 +33,7 @@ class Carry(NamedTuple):
         state: the state after the last step; detached in ``Unrolled.carry``.
         step: the index of the next step, which batches and seeds follow.
 
-    Example:
+    Examples:
         >>> Carry(torch.tensor(1.0), 5).step
         5
 
@@ -52,7 +52,7 @@ class UnrollInfo(NamedTuple):
         aux: one entry a step, ``StepInfo.aux``.
         strategy: "single", "vmap" or "loop": how tasks were run.
 
-    Example:
+    Examples:
         >>> UnrollInfo(torch.zeros(3), (None,) * 3, "single").losses.shape
         torch.Size([3])
 
@@ -73,7 +73,7 @@ class Unrolled(NamedTuple):
         info: an ``UnrollInfo``.
         carry: a ``Carry`` with the detached state, for truncated training.
 
-    Example:
+    Examples:
         >>> Unrolled(torch.tensor(0.5), None, None, None).loss
         tensor(0.5000)
 
@@ -127,7 +127,7 @@ def unroll(
         UnreachedLeafError: a leaf of ``meta`` requires grad, but the loss does not depend on it.
         ReplayError: under a policy that replays, a batch or a step does not come out the same twice.
 
-    Example:
+    Examples:
         One step of gradient descent on a x² from a = 1, judged by the same loss, differentiated by x = 2:
 
         >>> from funcmeta.problem import value_and_grad

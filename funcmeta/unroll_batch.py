@@ -55,7 +55,7 @@ def unroll_batch(
         ArgumentError: an unknown strategy, and as ``unroll``.
         StructureError: the tensors of ``tasks`` share no leading dimension, and as ``unroll``.
 
-    Example:
+    Examples:
         >>> from funcmeta.problem import StepInfo, value_and_grad
         >>> def step(meta, a, x, seed):
         ...     loss, slope = value_and_grad(lambda a: (a - x) ** 2)(a)

@@ -529,7 +529,6 @@ def test_errors_are_public_and_are_python_errors_too(kind: type[Exception]) -> N
     assert kind is fm.FuncmetaError or issubclass(kind, usual)
 
 
-@pytest.mark.xfail(strict=True, reason="UnreachedLeafError passes its message on, not its arguments")
 def test_errors_cross_process_borders() -> None:
     """A data loader or a test runner sends errors by pickle."""
     error = fm.UnreachedLeafError(["meta['a']"], "Use it.")

@@ -206,7 +206,6 @@ def test_dot_pairs_different_trees() -> None:
     assert float(tree.dot(left, right)) == 1 * 4 + 2 * 5 - 3 * 6
 
 
-@pytest.mark.xfail(strict=True, reason="dot pairs leaves by position")
 def test_dot_pairs_leaves_by_key_and_not_by_order() -> None:
     value = {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}
     assert float(tree.dot(value, reordered(value))) == 2 * 2 + 3 * 3

@@ -41,7 +41,7 @@ class Algorithm(NamedTuple):
         loss: (meta, tasks, seed=0) → 0-d mean loss over stacked tasks, attached to meta.
         adapt: (meta, task, seed=0) → predict, the module trained on one task's support.
 
-    Example:
+    Examples:
         >>> Algorithm._fields
         ('init', 'loss', 'adapt')
 

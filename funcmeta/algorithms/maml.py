@@ -40,7 +40,7 @@ def build(
     Raises:
         ArgumentError: ``steps`` or ``lr`` is out of range, or the module can not be made functional.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from funcmeta.tasks import sinusoids
         >>> def loss(meta, predict, batch):

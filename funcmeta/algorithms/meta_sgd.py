@@ -43,7 +43,7 @@ def build(
     Raises:
         ArgumentError: ``steps`` or ``lr`` is out of range, or the module can not be made functional.
 
-    Example:
+    Examples:
         >>> from funcmeta.tasks import sinusoids
         >>> def loss(meta, predict, batch):
         ...     x, y = batch

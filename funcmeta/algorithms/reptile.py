@@ -36,7 +36,7 @@ def build(
     Raises:
         ArgumentError: ``steps`` is out of range, or the module can not be made functional.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from funcmeta.optim import sgd
         >>> from funcmeta.tasks import sinusoids

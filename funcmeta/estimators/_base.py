@@ -13,10 +13,24 @@ from funcmeta.memory import Memory, Step, Trajectory
 
 @dataclass(frozen=True)
 class Primal:
-    """The problem with its task and seed bound, and the range of steps to take. Everything here is pure.
+    """The problem with its task and seed bound, and the range of steps to take.
 
-    With several tasks in one batch, states and inner losses have a leading task dimension, and ``meta_loss`` and the
-    steps' shares are means over it.
+    All functions are pure. With several tasks in one batch, states and inner losses have a leading task dimension, and
+    ``meta_loss`` and the steps' shares are means over it.
+
+    Attributes:
+        init: meta → state.
+        step: (meta, state, index) → (state, info).
+        meta_loss: (meta, state) → 0-d tensor, or None when the steps' shares are all of the meta-loss.
+        start: index of the first step.
+        stop: index after the last step.
+
+    Examples:
+        >>> primal = Primal(lambda meta: meta, lambda meta, state, index: (state, None), None, 0, 3)
+        >>> primal.stop - primal.start
+        3
+
+    Source: this library.
     """
 
     init: Callable[[Meta], Any]
@@ -34,14 +48,37 @@ class Primal:
 
 
 class Outcome(NamedTuple):
-    """The meta-loss, attached to ``meta``; and where the trajectory ended."""
+    """The meta-loss, attached to ``meta``, and where the trajectory ended.
+
+    Attributes:
+        loss: 0-d tensor, or None when the problem has no meta-loss at all.
+        path: the ``Trajectory``.
+
+    Examples:
+        >>> Outcome(None, Trajectory(None, None, [], [])).loss is None
+        True
+
+    Source: this library.
+    """
 
     loss: Tensor | None
     path: Trajectory
 
 
 class Estimator(Protocol):
-    """How the meta-gradient is computed: ``outcome.loss.backward()`` must leave it on the leaves of ``meta``."""
+    """How the meta-gradient is computed: ``outcome.loss.backward()`` must leave it on the leaves of ``meta``.
+
+    An estimator gets the primal functions and the memory policy as arguments, so a new one is one new file.
+
+    Attributes:
+        unreached_advice: what to do when a leaf of ``meta`` gets no gradient under this estimator.
+
+    Examples:
+        >>> from funcmeta.estimators import Reverse
+        >>> estimator: Estimator = Reverse()
+
+    Source: this library; the plug-in idea is that of the adjoints of Optimistix (Rader, Lyons and Kidger 2024).
+    """
 
     @property
     def unreached_advice(self) -> str:

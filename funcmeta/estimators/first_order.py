@@ -22,7 +22,7 @@ class FirstOrder:
     Raises:
         GraphError: a step took no gradient through ``value_and_grad``, so there is nothing to hold constant.
 
-    Example:
+    Examples:
         >>> FirstOrder()
         FirstOrder()
 

@@ -23,7 +23,7 @@ class Reptile:
     Raises:
         ArgumentError: no steps are taken, or the problem's state has no ``params``.
 
-    Example:
+    Examples:
         >>> Reptile()
         Reptile()
 

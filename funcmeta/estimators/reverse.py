@@ -14,7 +14,7 @@ class Reverse:
 
     Works under every memory policy, and can be differentiated again (``create_graph=True``).
 
-    Example:
+    Examples:
         >>> Reverse()
         Reverse()
 

@@ -16,7 +16,17 @@ Step = Callable[[Meta, Any, int], tuple[Any, StepInfo]]
 class Trajectory(NamedTuple):
     """Where a run of steps ended, and what was met on the way.
 
-    ``share`` is the sum of the steps' shares of the meta-loss, attached, or None; ``losses`` and ``aux`` are detached.
+    Attributes:
+        state: the state after the last step, attached.
+        share: 0-d tensor, the sum of the steps' shares of the meta-loss, attached; None when there are none.
+        losses: one detached inner loss a step.
+        aux: one detached ``StepInfo.aux`` a step.
+
+    Examples:
+        >>> Trajectory(None, None, [], []).losses
+        []
+
+    Source: this library.
     """
 
     state: Any
@@ -26,7 +36,21 @@ class Trajectory(NamedTuple):
 
 
 class Memory(Protocol):
-    """What an exact estimator keeps of the trajectory. One method, and whether it runs steps a second time."""
+    """What an exact estimator keeps of the trajectory: one method, and whether it runs steps a second time.
+
+    A policy gets the step as an argument and knows nothing else of the problem, so a new one is one new file.
+
+    Attributes:
+        replays: whether steps are run again in the backward pass, so that batches must be reproducible.
+
+    Examples:
+        >>> from funcmeta.memory import StoreAll
+        >>> policy: Memory = StoreAll()
+        >>> policy.replays
+        False
+
+    Source: this library; the plug-in idea is that of the adjoints of Optimistix (Rader, Lyons and Kidger 2024).
+    """
 
     @property
     def replays(self) -> bool:
@@ -37,7 +61,27 @@ class Memory(Protocol):
 
 
 def advance(step: Step, meta: Meta, state: Any, start: int, stop: int) -> Trajectory:
-    """The plain loop over steps."""
+    """Take the steps ``start`` to ``stop - 1`` in a plain loop.
+
+    Args:
+        step: (meta, state, index) → (state, info), a pure function.
+        meta: tree of tensors.
+        state: the state before the first step.
+        start: first index.
+        stop: index after the last.
+
+    Returns:
+        The trajectory, attached as far as grad mode lets it be.
+
+    Examples:
+        >>> import torch
+        >>> def halve(meta, state, index):
+        ...     return state / 2, StepInfo(state)
+        >>> advance(halve, None, torch.tensor(8.0), 0, 3).state
+        tensor(1.)
+
+    Source: this library.
+    """
     share: Tensor | None = None
     losses, aux = [], []
     for index in range(start, stop):

@@ -23,7 +23,7 @@ class Segments:
     Raises:
         ArgumentError: ``length`` is not a positive integer.
 
-    Example:
+    Examples:
         >>> Segments(length=4)
         Segments(length=4)
 

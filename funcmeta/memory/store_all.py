@@ -11,7 +11,7 @@ from funcmeta.memory._base import Step, Trajectory, advance
 class StoreAll:
     """Keep everything that autograd keeps: memory grows with the number of steps K, evaluations are K.
 
-    Example:
+    Examples:
         >>> StoreAll()
         StoreAll()
 
