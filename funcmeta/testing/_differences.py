@@ -151,38 +151,52 @@ class Probe(NamedTuple):
 def probes(
     fn: Callable[[Mapping[str, Tensor]], Tensor],
     leaves: Mapping[str, Tensor],
+    gradient: Mapping[str, Tensor],
     *,
     value: float,
     directions: int,
     order: int,
     seed: int,
+    tolerance: float,
 ) -> tuple[Probe, ...]:
     """Finite differences along random directions: all leaves together, then each leaf by itself.
 
-    Every leaf moves in proportion to its own size, and none can hide behind another.
+    Every leaf moves in proportion to its own size, and none can hide behind another. Where the gradient disagrees, the
+    step may be too long for a function that bends much, so shorter ones are tried as far as rounding allows.
 
     Args:
         fn: from some of the leaves by name to a number; the leaves it is not given stay where they are.
         leaves: where to differentiate.
+        gradient: the computed one, by name.
         value: the value there, which the noise is proportional to.
         directions: how many directions of each kind.
         order: of the differences.
         seed: of the directions.
+        tolerance: up to which error the gradient agrees.
     """
     generator = rng.generator(seed)
-    filled = {name: leaf for name, leaf in leaves.items() if leaf.numel()}
+    filled = {name: leaf.detach() for name, leaf in leaves.items() if leaf.numel()}
     groups = {name: {name: leaf} for name, leaf in filled.items()}
     if len(groups) > 1:
         groups = {"all leaves": filled, **groups}
-    found = []
-    for name, group in groups.items():
-        for _ in range(directions):
-            direction = {key: _direction(leaf, generator) for key, leaf in group.items()}
-            eps = default_step(group, direction, order)
-            expected = float(finite_difference(fn, group, direction, eps=eps, order=order))
-            noise = _ROUNDING * torch.finfo(torch.float64).eps * abs(value) / eps
-            found.append(Probe(name, direction, expected, noise))
-    return tuple(found)
+
+    def measured(name: str, direction: dict[str, Tensor], eps: float) -> Probe:
+        expected = float(finite_difference(fn, groups[name], direction, eps=eps, order=order))
+        return Probe(name, direction, expected, _ROUNDING * torch.finfo(torch.float64).eps * abs(value) / eps)
+
+    def settled(name: str, direction: dict[str, Tensor]) -> Probe:
+        eps = default_step(groups[name], direction, order)
+        first = measured(name, direction, eps)
+        if first.judge(gradient, tolerance).error <= tolerance:
+            return first
+        shorter = (measured(name, direction, eps / factor) for factor in (8, 64))
+        telling = (probe for probe in shorter if probe.noise <= tolerance * abs(probe.expected))
+        return next((probe for probe in telling if probe.judge(gradient, tolerance).error <= tolerance), first)
+
+    moves = [(name, group) for name, group in groups.items() for _ in range(directions)]
+    return tuple(
+        settled(name, {key: _direction(leaf, generator) for key, leaf in group.items()}) for name, group in moves
+    )
 
 
 def _direction(leaf: Tensor, generator: torch.Generator) -> Tensor:

@@ -141,11 +141,19 @@ def check_meta_grad(
             f"not be told from rounding. Convert module, meta and task by .double()."
         )
     value = float(loss.detach())
-    found = (
-        reference.probes
-        if reference
-        else probes(loss_of, wanted, value=value, directions=directions, order=order, seed=seed)
-    )
+    if reference:
+        found = reference.probes
+    else:
+        found = probes(
+            loss_of,
+            wanted,
+            gradient,
+            value=value,
+            directions=directions,
+            order=order,
+            seed=seed,
+            tolerance=tolerance,
+        )
     derivatives = tuple(probe.judge(gradient, tolerance) for probe in found)
     wrong = [each for each in derivatives if not each.error <= tolerance]
     if wrong:

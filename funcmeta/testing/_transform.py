@@ -173,8 +173,16 @@ def _check_derivatives(
     if value.requires_grad:
         grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
         gradient = dict(zip(leaves, grads, strict=True))
-    constants = {name: leaf.detach() for name, leaf in leaves.items()}
-    found = probes(combination, constants, value=float(value.detach()), directions=1, order=4, seed=rng.fold(seed, 2))
+    found = probes(
+        combination,
+        leaves,
+        gradient,
+        value=float(value.detach()),
+        directions=1,
+        order=4,
+        seed=rng.fold(seed, 2),
+        tolerance=tolerance,
+    )
     derivatives = tuple(probe.judge(gradient, tolerance) for probe in found)
     wrong = [each for each in derivatives if not each.error <= tolerance]
     if wrong:
@@ -184,7 +192,7 @@ def _check_derivatives(
             f"{tolerance:.1e}:{lines}\nLook for float(), .item(), math functions or no_grad on the way of that input, "
             f"or for a kink: choose hyper-parameters away from it."
         )
-    _check_functorch(combination, constants, gradient)
+    _check_functorch(combination, tree.detach(leaves), gradient)
     return derivatives
 
 

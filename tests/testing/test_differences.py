@@ -134,7 +134,8 @@ def test_probes_move_all_leaves_and_each_in_proportion_to_its_size() -> None:
         moves.append(set(some))
         return sum((leaf**2).sum() for leaf in {**leaves, **some}.values())  # type: ignore[return-value]
 
-    found = probes(value, leaves, value=1.0, directions=2, order=2, seed=0)
+    gradient = {name: 2 * leaf for name, leaf in leaves.items()}
+    found = probes(value, leaves, gradient, value=1.0, directions=2, order=2, seed=0, tolerance=1e-6)
     assert [probe.leaf for probe in found] == [name for name in ("all leaves", "big", "small", "zero") for _ in "ab"]
     assert set(map(frozenset, moves)) == {frozenset(probe.direction) for probe in found}
     for probe in found:
