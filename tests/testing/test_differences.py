@@ -126,6 +126,10 @@ def test_a_function_that_returns_no_number(value: Any) -> None:
         finite_difference(lambda tree: value, TREE, DIRECTION)
 
 
+def first_probe(function: Any, at: Any, gradient: Any, seed: int = 0) -> Probe:
+    return probes(function, at, gradient, value=1.0, directions=1, order=4, seed=seed, tolerance=1e-6)[0]
+
+
 def test_probes_move_all_leaves_and_each_in_proportion_to_its_size() -> None:
     leaves = {"big": double(1e3, -1e3), "small": double(1e-4), "empty": double(), "zero": double(0.0)}
     moves: list[set[str]] = []
@@ -148,12 +152,26 @@ def test_directions_follow_from_the_seed() -> None:
     leaves = {"w": double(1.0, 2.0)}
 
     def direction(seed: int) -> Tensor:
-        return probes(lambda some: some["w"].sum(), leaves, value=1.0, directions=1, order=2, seed=seed)[0].direction[
-            "w"
-        ]
+        return first_probe(lambda some: some["w"].sum(), leaves, {"w": double(1.0, 1.0)}, seed=seed).direction["w"]
 
     assert torch.equal(direction(3), direction(3))
     assert not torch.equal(direction(3), direction(4))
+
+
+@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.0 + 1e-5, False)])
+def test_shorter_steps_are_tried_where_the_function_bends_much(factor: float, agrees: bool) -> None:
+    at, rate = {"w": double(1.0)}, 300.0
+    gradient = {"w": factor * rate * (rate * at["w"]).cos()}
+    probe = first_probe(lambda some: (rate * some["w"]).sin().sum(), at, gradient)
+    assert (probe.judge(gradient, 1e-6).error <= 1e-6) is agrees
+    plain = finite_difference(lambda w: (rate * w).sin().sum(), at["w"], probe.direction["w"], order=4)
+    assert (float(plain) == probe.expected) is not agrees
+
+
+def test_a_shorter_step_that_rounding_drowns_is_no_excuse() -> None:
+    gradient = {"w": double(1.1e-6)}
+    probe = first_probe(lambda some: 1 + 1e-6 * some["w"].sum(), {"w": double(1.0)}, gradient)
+    assert probe.judge(gradient, 1e-6).error > 1e-6
 
 
 @pytest.mark.parametrize(("gradient", "error"), [(2.0, 0.0), (2.5, 0.2), (1.0, 0.5), (-2.0, 2.0), (math.nan, math.nan)])
