@@ -108,11 +108,14 @@ def test_zips_and_folders_give_the_same_tasks(tmp_path: Path) -> None:
         assert torch.equal(other.query[0], first.query[0])
 
 
-def test_what_stands_in_two_archives_counts_once(tmp_path: Path) -> None:
-    for name in ("images_background_small1", "images_background_small2"):
-        write_zip(tmp_path / f"{name}.zip", background({"Latin": 2}, top=name))
+def test_of_what_stands_in_two_archives_the_first_counts(tmp_path: Path) -> None:
+    first = background({"Latin": 2})
+    for name, files in (("images_a", first), ("images_b", {each: png(drawing(9)) for each in first})):
+        write_zip(tmp_path / f"{name}.zip", files)
     sampler = tasks.omniglot(tmp_path, ways=2, shots=1, queries=3)
     assert sampler.classes == (("Latin", "character01"), ("Latin", "character02"))
+    alone = tasks.omniglot(tmp_path / "images_a.zip", ways=2, shots=1, queries=3)
+    assert torch.equal(sampler.sample(seed=0).support[0], alone.sample(seed=0).support[0])
     with pytest.raises(ArgumentError, match=r"shots \+ queries is 5, expected at most 4, the number of examples"):
         tasks.omniglot(tmp_path, ways=2, shots=1, queries=4)
 

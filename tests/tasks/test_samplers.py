@@ -20,6 +20,7 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "quadratics, float64": lambda: tasks.quadratics(dimension=1, dtype=torch.float64),
 }
 
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 every = pytest.mark.parametrize("name", SAMPLERS)
 
 
@@ -165,3 +166,10 @@ def test_stacking_needs_batches() -> None:
 def test_stacking_needs_tasks_of_one_shape(other: Task, message: str) -> None:
     with pytest.raises(StructureError, match=message):
         tasks.stack([Task(torch.ones(2), torch.ones(1)), other])
+
+
+@pytest.mark.parametrize("sampler", [tasks.sinusoids, tasks.quadratics, tasks.glyphs])
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
+def test_the_device_is_the_one_asked_for(sampler: Callable[..., Sampler], device: str) -> None:
+    batch = sampler(device=device).sample_batch(seed=0, tasks=2)
+    assert {leaf.device.type for leaf in tree.leaves(batch[:2])} == {device}
