@@ -1,6 +1,5 @@
 """Run the inner training and return a meta-loss that carries its meta-gradient."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,20 +7,13 @@ from torch import Tensor
 
 from funcmeta import rng, tree
 from funcmeta._batching import over_tasks
-from funcmeta._errors import (
-    ArgumentError,
-    DetachedError,
-    NonFiniteError,
-    ReplayError,
-    StructureError,
-    UnreachedLeafError,
-)
+from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._gradient import check_loss
-from funcmeta._graph import alias, check_declared, inside_functorch
+from funcmeta._graph import alias, inside_functorch
+from funcmeta._guard import check_arguments, check_attached, check_every_leaf_used, check_finite, check_replayable
 from funcmeta._typing import Batch, Meta
 from funcmeta.estimators import Estimator, Primal, Reverse
 from funcmeta.memory import Memory, StoreAll
-from funcmeta.memory._replay import expect_use
 from funcmeta.problem import Problem, StepInfo
 from funcmeta.tasks import Task
 
@@ -165,48 +157,27 @@ def run(
 
     A ``trial`` does not ask whether every leaf of ``meta`` is used.
     """
-    _check_arguments(meta, task, steps, seed, carry)
-    leaves = tree.leaves((meta, carry.state if carry else ()))
-    attached = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor))
-    with torch.set_grad_enabled(attached):
-        return _run(problem, meta, task, steps, estimator, memory, seed, carry, tasks, trial)
-
-
-def _run(
-    problem: Problem,
-    meta: Meta,
-    task: Task,
-    steps: int,
-    estimator: Estimator,
-    memory: Memory,
-    seed: int,
-    carry: Carry | None,
-    tasks: int | None,
-    trial: bool,
-) -> Unrolled:
+    check_arguments(meta, task, steps, seed)
+    if carry is not None and not isinstance(carry, Carry):
+        raise ArgumentError(f"carry is a {type(carry).__name__}, expected a Carry. Pass an earlier unroll's out.carry.")
     start = carry.step if carry else 0
     if memory.replays and callable(task.support) and steps:
-        _check_replayable(task.support, start)
-    own_meta, own_carry = tree.map(_own, (meta, carry))
-    primal = _bind(problem, task, own_carry, start, start + steps, seed, tasks)
-    loss, path = estimator(primal, own_meta, memory)
-    if loss is None:
-        raise ArgumentError(
-            "There is no meta-loss: the problem's meta_loss is None and no step gave a share. Take at least one step "
-            "of a problem whose steps return StepInfo.meta_loss, or give the problem a meta_loss."
-        )
-    losses = torch.stack(path.losses) if path.losses else loss.new_zeros((0,) if tasks is None else (0, tasks))
-    _check_finite(loss, losses, start)
-    if torch.is_grad_enabled() and not inside_functorch():
-        _check_graph(
-            loss,
-            problem,
-            meta,
-            own_meta,
-            own_carry,
-            complete=carry is None and steps > 0 and not trial,
-            estimator=estimator,
-        )
+        check_replayable(task.support, start)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and _requires_grad((meta, carry))):
+        own_meta, own_carry = tree.map(_own, (meta, carry))
+        primal = _bind(problem, task, own_carry, start, start + steps, seed, tasks)
+        loss, path = estimator(primal, own_meta, memory)
+        if loss is None:
+            raise ArgumentError(
+                "There is no meta-loss: the problem's meta_loss is None and no step gave a share. Take at least one "
+                "step of a problem whose steps return StepInfo.meta_loss, or give the problem a meta_loss."
+            )
+        losses = torch.stack(path.losses) if path.losses else loss.new_zeros((0,) if tasks is None else (0, tasks))
+        check_finite(loss, losses, start)
+        if torch.is_grad_enabled() and not inside_functorch():
+            reached = check_attached(loss, (own_meta, own_carry), problem)
+            if carry is None and steps > 0 and not trial:
+                check_every_leaf_used(reached, own_meta, estimator)
     info = UnrollInfo(losses.detach(), tuple(path.aux), "single" if tasks is None else "vmap")
     return Unrolled(loss, path.state, info, Carry(tree.detach(path.state), start + steps))
 
@@ -246,6 +217,10 @@ def _bind(
     return Primal(init, step, None if problem.meta_loss is None else meta_loss, start, stop)
 
 
+def _requires_grad(value: Any) -> bool:
+    return any(leaf.requires_grad for leaf in tree.leaves(value) if isinstance(leaf, Tensor))
+
+
 def _own(leaf: Any) -> Any:
     """A leaf behind a node of its own, at which the walk through the graph ends."""
     return alias(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
@@ -259,77 +234,3 @@ def _pair(result: Any) -> tuple[Any, StepInfo]:
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], StepInfo)):
         raise StructureError(f"step returned a {type(result).__name__}, expected the pair (state, StepInfo(loss)).")
     return result
-
-
-def _check_arguments(meta: Meta, task: Task, steps: int, seed: int, carry: Carry | None) -> None:
-    rng.check_seed(seed)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ArgumentError(f"steps is {steps!r}, expected an integer of 0 or more. Pass e.g. steps=5.")
-    if isinstance(meta, torch.nn.Module):
-        raise ArgumentError("meta is a Module, expected a tree of tensors. Pass dict(module.named_parameters()).")
-    tree.check_tensors(meta, name="meta")
-    if not isinstance(task, Task):
-        raise ArgumentError(f"task is a {type(task).__name__}, expected a Task. Pass Task(support, query).")
-    if carry is not None and not isinstance(carry, Carry):
-        raise ArgumentError(
-            f"carry is a {type(carry).__name__}, expected a Carry. Pass the carry of an earlier unroll."
-        )
-    if not callable(task.support) and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(task.support)):
-        raise ArgumentError(
-            f"task.support is a {type(task.support).__name__}, expected tensors or a function of the step index. An "
-            f"iterator can not be run again: wrap the data in a function that returns the batch of a given step."
-        )
-
-
-def _check_replayable(support: Callable[[int], Batch], index: int) -> None:
-    first, second = tree.leaves(support(index)), tree.leaves(support(index))
-    same = len(first) == len(second) and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-        for a, b in zip(first, second, strict=True)
-    )
-    if not same:
-        raise ReplayError(
-            f"support({index}) gave two different batches in a row, but this memory policy runs steps twice. Return "
-            f"the batch as a function of the index alone, or use StoreAll()."
-        )
-
-
-def _check_finite(loss: Tensor, losses: Tensor, start: int) -> None:
-    if inside_functorch():
-        return
-    if not losses.isfinite().all():
-        index = (~losses.isfinite()).nonzero()[0].tolist()
-        where = f"step {start + index[0]}" + (f", task {index[1]}" if len(index) > 1 else "")
-        raise NonFiniteError(
-            f"The inner loss of {where} is {losses[tuple(index)].item()}. Lower the inner learning rate, clip the "
-            f"inner gradients, or look at that batch."
-        )
-    if not loss.isfinite():
-        raise NonFiniteError(f"The meta-loss is {loss.item()}, though all inner losses are finite. Look at the query.")
-
-
-def _check_graph(
-    loss: Tensor,
-    problem: Problem,
-    meta: Meta,
-    own_meta: Meta,
-    own_carry: Carry | None,
-    *,
-    complete: bool,
-    estimator: Estimator,
-) -> None:
-    """Raise when the loss is detached, depends on something undeclared, or not on a leaf that asks for a gradient."""
-    if not loss.requires_grad:
-        raise DetachedError(
-            "The meta-loss does not depend on meta: somewhere it was detached or computed under no_grad. Compute it "
-            "from the arguments `meta` and `state`."
-        )
-    declared = [leaf for leaf in tree.leaves((own_meta, own_carry)) if isinstance(leaf, Tensor)]
-    reached = check_declared([loss], declared, problem).nodes
-    if not complete:
-        return
-    names = [name for name, _ in tree.named_leaves(meta, "meta")]
-    pairs = enumerate(zip(names, tree.leaves(own_meta), strict=True))
-    missed = {index: name for index, (name, leaf) in pairs if leaf.requires_grad and leaf.grad_fn not in reached}
-    if missed and not expect_use(reached, missed, estimator.unreached_advice):
-        raise UnreachedLeafError(missed.values(), estimator.unreached_advice)

@@ -15,7 +15,7 @@ LAYERS = (
     ("_gradient", "_graph", "_batching", "_norms", "model", "optim", "linear_solve", "tasks"),
     ("learned", "problem", "memory"),
     ("estimators",),
-    ("unroll", "unroll_batch"),
+    ("unroll", "unroll_batch", "_guard"),
     ("algorithms", "compare", "inspect", "testing", "compat"),
     ("training", "cli"),
     ("__init__", "__main__"),

@@ -1,0 +1,82 @@
+"""What an unroll refuses: arguments it can not work with, and losses that do not carry what was promised."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from funcmeta import rng, tree
+from funcmeta._errors import ArgumentError, DetachedError, NonFiniteError, ReplayError, UnreachedLeafError
+from funcmeta._graph import Reached, check_declared, inside_functorch
+from funcmeta._typing import Batch, Meta, Tree
+from funcmeta.estimators import Estimator
+from funcmeta.memory._replay import expect_use
+from funcmeta.problem import Problem
+from funcmeta.tasks import Task
+
+
+def check_arguments(meta: Meta, task: Task, steps: int, seed: int) -> None:
+    """Raise unless an unroll can begin with these arguments."""
+    rng.check_seed(seed)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ArgumentError(f"steps is {steps!r}, expected an integer of 0 or more. Pass e.g. steps=5.")
+    if isinstance(meta, torch.nn.Module):
+        raise ArgumentError("meta is a Module, expected a tree of tensors. Pass dict(module.named_parameters()).")
+    tree.check_tensors(meta, name="meta")
+    if not isinstance(task, Task):
+        raise ArgumentError(f"task is a {type(task).__name__}, expected a Task. Pass Task(support, query).")
+    if not callable(task.support) and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(task.support)):
+        raise ArgumentError(
+            f"task.support is a {type(task.support).__name__}, expected tensors or a function of the step index. An "
+            f"iterator can not be run again: wrap the data in a function that returns the batch of a given step."
+        )
+
+
+def check_replayable(support: Callable[[int], Batch], index: int) -> None:
+    """Raise unless a source of batches gives the same batch twice."""
+    first, second = tree.leaves(support(index)), tree.leaves(support(index))
+    same = len(first) == len(second) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        for a, b in zip(first, second, strict=True)
+    )
+    if not same:
+        raise ReplayError(
+            f"support({index}) gave two different batches in a row, but this memory policy runs steps twice. Return "
+            f"the batch as a function of the index alone, or use StoreAll()."
+        )
+
+
+def check_finite(loss: Tensor, losses: Tensor, start: int) -> None:
+    """Raise when a loss is NaN or infinite, and name the step."""
+    if inside_functorch():
+        return
+    if not losses.isfinite().all():
+        index = (~losses.isfinite()).nonzero()[0].tolist()
+        where = f"step {start + index[0]}" + (f", task {index[1]}" if len(index) > 1 else "")
+        raise NonFiniteError(
+            f"The inner loss of {where} is {losses[tuple(index)].item()}. Lower the inner learning rate, clip the "
+            f"inner gradients, or look at that batch."
+        )
+    if not loss.isfinite():
+        raise NonFiniteError(f"The meta-loss is {loss.item()}, though all inner losses are finite. Look at the query.")
+
+
+def check_attached(loss: Tensor, declared: Tree, problem: Problem) -> Reached:
+    """Raise when the loss is detached or depends on a tensor that was not declared; what it depends on."""
+    if not loss.requires_grad:
+        raise DetachedError(
+            "The meta-loss does not depend on meta: somewhere it was detached or computed under no_grad. Compute it "
+            "from the arguments `meta` and `state`."
+        )
+    return check_declared([loss], [leaf for leaf in tree.leaves(declared) if isinstance(leaf, Tensor)], problem)
+
+
+def check_every_leaf_used(reached: Reached, meta: Meta, estimator: Estimator) -> None:
+    """Raise when a leaf of ``meta`` asks for a gradient that the loss does not give; under replay, later."""
+    missed = {
+        index: name
+        for index, (name, leaf) in enumerate(tree.named_leaves(meta, "meta"))
+        if leaf.requires_grad and leaf.grad_fn not in reached.nodes
+    }
+    if missed and not expect_use(reached.nodes, missed, estimator.unreached_advice):
+        raise UnreachedLeafError(missed.values(), estimator.unreached_advice)
