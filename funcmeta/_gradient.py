@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcmeta import tree
 from funcmeta._errors import DetachedError, LossError, StructureError
-from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, walk
+from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
 from funcmeta._typing import Tree
 
 Objective = Callable[[Tree], tuple[Tensor, Any]]
@@ -118,13 +118,14 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
     with torch.enable_grad():
         inputs = tree.map(lambda leaf: alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf), params)
         value, aux = objective(inputs)
-        attached = attached and (_requires_grad(params) or bool(walk(_tensors((value, aux))).leaves))
         leaves, spec = tree.flatten(inputs)
+        attached = attached and (_requires_grad(params) or bool(walk(_tensors((value, aux)), leaves).leaves))
         if differentiable and attached:
             check_differentiable_again(value, leaves)
         grads = torch.autograd.grad(
             value, leaves, create_graph=differentiable and attached, retain_graph=attached, materialize_grads=True
         )
+    retire(leaves)
     if not attached:
         value, aux = tree.detach((value, aux))
     return Gradient(value, aux, tree.unflatten(grads, spec))

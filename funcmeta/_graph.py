@@ -14,7 +14,7 @@ from funcmeta._errors import CapturedTensorError, DetachedError
 OPAQUE_EDGES = "opaque_edges"
 """Attribute of a node: how many of its first edges may lead nowhere, so that a walk must not follow them."""
 
-_INNER = "_funcmeta_inner"
+_RETIRED = "_funcmeta_retired"
 _COMPILED = "CompiledFunctionBackward"
 _ONCE = "once_differentiable.<locals>.wrapper"
 
@@ -32,10 +32,14 @@ def alias(tensor: Tensor) -> Tensor:
 
 
 def inner_leaf(tensor: Tensor) -> Tensor:
-    """A fresh leaf that the library makes for itself; a walk does not take it for a captured tensor."""
-    leaf = tensor.detach().requires_grad_()
-    setattr(leaf, _INNER, True)
-    return leaf
+    """A fresh leaf that the library makes for itself, to take one gradient by it."""
+    return tensor.detach().requires_grad_()
+
+
+def retire(leaves: Iterable[Tensor]) -> None:
+    """From now on a walk does not end at these leaves: their gradient was taken, no other will be asked for."""
+    for leaf in leaves:
+        setattr(leaf, _RETIRED, True)
 
 
 def walk(roots: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reached:
@@ -57,7 +61,7 @@ def walk(roots: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reached:
         todo.extend(below)
         if not below:
             leaf = getattr(node, "variable", None)
-            if isinstance(leaf, Tensor) and id(leaf) not in ends and not hasattr(leaf, _INNER):
+            if isinstance(leaf, Tensor) and id(leaf) not in ends and not hasattr(leaf, _RETIRED):
                 leaves.append(leaf)
     return Reached(seen, leaves)
 

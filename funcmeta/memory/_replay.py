@@ -1,6 +1,6 @@
 """A run of steps without a graph that is run again, with one, when its derivative is needed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -184,17 +184,17 @@ class _Replay(torch.autograd.Function):
                 (out, by) for out, by in zip(outputs, cotangents, strict=True) if by is not None and out.requires_grad
             ]
             wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-            if not pairs:
-                return (None,) * (1 + len(inputs))
-            grads = iter(
-                torch.autograd.grad(
-                    [out for out, _ in pairs],
-                    wanted,
-                    [by for _, by in pairs],
-                    create_graph=again_differentiable,
-                    allow_unused=True,
+            grads: Iterator[Tensor | None] = iter([None] * len(wanted))
+            if pairs:
+                grads = iter(
+                    torch.autograd.grad(
+                        [out for out, _ in pairs],
+                        wanted,
+                        [by for _, by in pairs],
+                        create_graph=again_differentiable,
+                        allow_unused=True,
+                    )
                 )
-            )
         gradients = [next(grads) if need else None for need in needed]
         ctx.run.note_use(gradients)
         return (None, *gradients)
