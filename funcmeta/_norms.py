@@ -4,8 +4,10 @@ On torch 2.13 the fused kernels of batch, layer and instance normalization give 
 cases that meta-learning meets: the third derivative (pytorch issues 186256 and 175754), which a meta-gradient that is
 differentiated again contains, and the second derivative under ``vmap`` when weight and bias are batched, as they are
 after one inner step of several tasks. Written out in elementary operations both are right, at the same speed for a
-second-order meta-gradient. Group and RMS normalization are right as they are. Recurrent layers have no batching rule,
-but ``torch.func.vjp`` takes them apart into operations that have one.
+second-order meta-gradient. Group and RMS normalization are right as they are. Weight normalization
+(``torch.nn.utils.parametrizations.weight_norm``) is wrong as early as the second derivative on a CPU, so it is written
+out as well. Recurrent layers have no batching rule, but ``torch.func.vjp`` takes them apart into operations that have
+one.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,6 +77,10 @@ def _layer_norm(
     return _normalized(input, tuple(range(-len(normalized_shape), 0)), weight, bias, tuple(normalized_shape), eps)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 def _batchable(layer: Callable[..., Any]) -> Callable[..., Any]:
     """The recurrent layer; inside ``torch.func`` in elementary operations."""
 
@@ -107,5 +113,6 @@ _EXACT: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
+    torch._weight_norm: _weight_norm,
     **{layer: _batchable(layer) for layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }

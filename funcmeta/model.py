@@ -26,9 +26,9 @@ class FunctionalModel:
     - Buffers (BatchNorm statistics, counters) are constants: copied in and returned, never written in place.
     - Dropout and other draws follow ``seed``: the same seed gives the same draws, and the global generator is put back.
     - Attention runs through PyTorch's MATH backend, and recurrent layers without cuDNN and oneDNN: the other backends
-      lack derivatives, or take many times longer for the second. Batch, layer and instance normalization are
-      computed by elementary operations, because torch's fused kernels are wrong under ``vmap`` and in third
-      derivatives.
+      lack derivatives, or take many times longer for the second. Batch, layer, instance and weight normalization are
+      computed by elementary operations, because torch's fused kernels are wrong under ``vmap`` and in third, that of
+      weight normalization in second derivatives.
 
     Args:
         module: the module to take the structure of, as ``functionalize`` does.
