@@ -39,7 +39,9 @@ def named_leaves(tree: Tree, name: str = "") -> list[tuple[str, Any]]:
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply ``fn`` to each leaf of ``tree`` and the leaves at the same place of ``rest``."""
-    if _is_flat(tree) and all(type(other) is dict and other.keys() == tree.keys() for other in rest):
+    if is_flat(tree) and all(type(other) is dict and other.keys() == tree.keys() for other in rest):
+        if len(rest) == 1:
+            return {key: fn(leaf, rest[0][key]) for key, leaf in tree.items()}
         return {key: fn(leaf, *[other[key] for other in rest]) for key, leaf in tree.items()}
     first, spec = flatten(tree)
     columns = [first, *[aligned(tree, other) for other in rest]]
@@ -110,8 +112,8 @@ def norm(tree: Tree) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
-def _is_flat(tree: Tree) -> bool:
-    """Whether this is a parameter dict, which needs no specs to be mapped."""
+def is_flat(tree: Tree) -> bool:
+    """Whether this is a dict of tensors, as parameters are, which needs no specs to be mapped."""
     return type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values())
 
 

@@ -65,7 +65,7 @@ def per_tensor(
 
     def init(params: Tree) -> Any:
         tree.check_tensors(params, name="params")
-        flat = _is_flat(params)
+        flat = tree.is_flat(params)
         leaves = tree.leaves(params)
         step = step_zero(leaves) if counted else ()
         rows = list(zip(leaves, values_of(step, params, leaves), strict=True))
@@ -74,7 +74,7 @@ def per_tensor(
         )
 
     def update(grads: Tree, old: Any, params: Tree) -> tuple[Tree, Any]:
-        flat = _is_flat(params)
+        flat = tree.is_flat(params)
         leaves = list(params.values()) if flat else tree.leaves(params)
         given = _column(params, flat, grads, "grads")
         kept = [_column(params, flat, getattr(old, name), name) for name in slots]
@@ -116,7 +116,7 @@ def step_zero(leaves: list[Tensor]) -> Tensor:
 
 def _check_gradients(grads: list[Any], params: list[Tensor]) -> None:
     for grad, param in zip(grads, params, strict=True):
-        if getattr(grad, "shape", None) != param.shape:
+        if not isinstance(grad, Tensor) or grad.shape != param.shape:
             raise StructureError(
                 f"a gradient is {tree.describe(grad)}, but its parameter is {tree.describe(param)}. Pass one gradient "
                 "of the same shape for each parameter; zeros where the loss does not depend on it."
@@ -127,11 +127,6 @@ def _like(fresh: Sequence[Tensor], likes: list[Tensor]) -> list[Tensor]:
     """The tensors in the dtypes of those that they replace."""
     pairs = zip(fresh, likes, strict=True)
     return [value if value.dtype == like.dtype else value.to(like.dtype) for value, like in pairs]
-
-
-def _is_flat(params: Tree) -> bool:
-    """Whether this is a parameter dict, for which the quick way is taken below."""
-    return type(params) is dict and all(isinstance(leaf, Tensor) for leaf in params.values())
 
 
 def _column(params: Tree, flat: bool, other: Tree, name: str) -> list[Any]:
