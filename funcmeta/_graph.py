@@ -110,7 +110,11 @@ def _captured_name(function: Any, leaf: Tensor, nodes: set[Node]) -> str | None:
     for name, value in _variables(function, set()):
         tensors: dict[str, Any] = {"": value}
         if isinstance(value, nn.Module):
-            tensors = {f".{key}": tensor for key, tensor in value.named_parameters()}
+            tensors = {
+                f".{path}.{key}".replace("..", "."): tensor
+                for path, module in value.named_modules()
+                for key, tensor in {**module._parameters, **vars(module)}.items()
+            }
         elif isinstance(value, dict):
             tensors = {f"[{key!r}]": tensor for key, tensor in value.items()}
         elif isinstance(value, list | tuple):
