@@ -1,0 +1,512 @@
+"""An exact estimator returns the exact meta-gradient or an error that names what is wrong and what to do."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import funcmeta as fm
+from funcmeta import optim
+
+WAYS = [("single", fm.StoreAll()), ("single", fm.Segments(2)), ("vmap", fm.StoreAll()), ("vmap", fm.Segments(2))]
+ways = pytest.mark.parametrize(("strategy", "memory"), WAYS, ids=[f"{name} {memory}" for name, memory in WAYS])
+memories = pytest.mark.parametrize("memory", [fm.StoreAll(), fm.Segments(2)], ids=repr)
+
+OUTSIDE = torch.tensor(2.0, requires_grad=True)
+WEIGHTS = {"decay": torch.tensor(0.1, requires_grad=True)}
+
+
+def mse(meta: Any, predict: Any, batch: Any) -> Tensor:
+    x, y = batch
+    return (predict(x) - y).square().mean()
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def data(strategy: str = "single") -> fm.Task:
+    tasks = (2,) if strategy == "vmap" else ()
+    return fm.Task(*[(torch.randn(*tasks, 5, 3), torch.randn(*tasks, 5, 2)) for _ in range(2)])
+
+
+def new_meta(module: nn.Module, **more: float) -> dict[str, Any]:
+    extra = {name: torch.tensor(value, requires_grad=True) for name, value in more.items()}
+    return {"params": fm.init_params(module), **extra}
+
+
+def run(problem: fm.Problem, meta: Any, strategy: str = "single", steps: int = 3, **options: Any) -> fm.Unrolled:
+    if strategy == "vmap":
+        return fm.unroll_batch(problem, meta, data("vmap"), steps=steps, strategy="vmap", **options)
+    return fm.unroll(problem, meta, data(), steps=steps, **options)
+
+
+def usual(loss: Any = mse, *, module: nn.Module | None = None, transform: Any = None, **options: Any) -> fm.Unrolled:
+    """The usual problem, with a loss, a module or an optimizer of one's own."""
+    module = module or net()
+    problem = fm.inner_problem(module, loss, optimizer=transform or optim.sgd(0.1))
+    return run(problem, new_meta(module), **options)
+
+
+# ---- captured tensors
+
+
+class Scaled(nn.Module):
+    """Holds a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.scale = torch.tensor(2.0, requires_grad=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale  # type: ignore[no-any-return]
+
+
+class Deep(nn.Sequential):
+    """Such a module as a part of another."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity(), Scaled())
+
+
+class Judge:
+    """A loss as an object with a tensor of its own."""
+
+    def __init__(self) -> None:
+        self.weight = torch.tensor(2.0, requires_grad=True)
+
+    def __call__(self, meta: Any, predict: Any, batch: Any) -> Tensor:
+        return self.weight * mse(meta, predict, batch)
+
+    def method(self, meta: Any, predict: Any, batch: Any) -> Tensor:
+        return self.weight * mse(meta, predict, batch)
+
+
+def in_the_loss(**options: Any) -> Any:
+    local = torch.tensor(2.0, requires_grad=True)
+    return usual(lambda meta, predict, batch: local * mse(meta, predict, batch), **options)
+
+
+def a_global(**options: Any) -> Any:
+    return usual(lambda meta, predict, batch: OUTSIDE * mse(meta, predict, batch), **options)
+
+
+def in_a_dict(**options: Any) -> Any:
+    return usual(lambda meta, predict, batch: WEIGHTS["decay"] * mse(meta, predict, batch), **options)
+
+
+def in_a_list(**options: Any) -> Any:
+    several = [torch.ones(()), torch.tensor(2.0, requires_grad=True)]
+    return usual(lambda meta, predict, batch: several[1] * mse(meta, predict, batch), **options)
+
+
+def in_a_default(**options: Any) -> Any:
+    def loss(meta: Any, predict: Any, batch: Any, weight: Tensor = OUTSIDE) -> Tensor:
+        return weight * mse(meta, predict, batch)
+
+    return usual(loss, **options)
+
+
+def in_the_optimizer(**options: Any) -> Any:
+    rate = torch.tensor(0.1, requires_grad=True)
+    return usual(transform=lambda meta: optim.sgd(rate), **options)
+
+
+def in_a_fixed_optimizer(**options: Any) -> Any:
+    return usual(transform=optim.sgd(torch.tensor(0.1, requires_grad=True)), **options)
+
+
+def something_computed(**options: Any) -> Any:
+    root = torch.tensor(2.0, requires_grad=True)
+    computed = root.exp()
+    return usual(lambda meta, predict, batch: computed * mse(meta, predict, batch), **options)
+
+
+def the_outer_meta(**options: Any) -> Any:
+    """The closure's meta in place of the argument."""
+    module = net()
+    outer = new_meta(module, lr=0.1)
+    problem = fm.inner_problem(module, mse, optimizer=lambda meta: optim.sgd(outer["lr"]))
+    return run(problem, outer, **options)
+
+
+def another_module(**options: Any) -> Any:
+    critic = nn.Linear(2, 1)
+    return usual(lambda meta, predict, batch: critic(predict(batch[0])).square().mean(), **options)
+
+
+CAPTURED: dict[str, tuple[Callable[..., Any], str]] = {
+    "a closure of the loss": (in_the_loss, "`local`"),
+    "a global": (a_global, "`OUTSIDE`"),
+    "an entry of a dict": (in_a_dict, "`WEIGHTS['decay']`"),
+    "an entry of a list": (in_a_list, "`several[1]`"),
+    "a default": (in_a_default, "`default 0`"),
+    "a callable object": (lambda **options: usual(Judge(), **options), "`weight`"),
+    "a method": (lambda **options: usual(Judge().method, **options), "`weight`"),
+    "a closure of the optimizer": (in_the_optimizer, "`rate`"),
+    "a hyper-parameter": (in_a_fixed_optimizer, "`fixed['lr']` (float32[] on cpu)"),
+    "a result": (something_computed, "`computed`"),
+    "the outer meta": (the_outer_meta, "`outer['lr']`"),
+    "another module": (another_module, "`critic."),
+    "an attribute of the module": (lambda **options: usual(module=Deep(), **options), "`_skeleton.1.scale` (float32[] on cpu)"),
+}
+
+
+@ways
+@pytest.mark.parametrize(("attempt", "name"), CAPTURED.values(), ids=CAPTURED)
+def test_a_captured_tensor_is_named(attempt: Callable[..., Any], name: str, strategy: str, memory: Any) -> None:
+    """At once, also where a policy replays; and the message says both what to do to learn it and to keep it."""
+    advice = r".* requires grad and is used .* put it into `meta` .*pass \.detach\(\) of it"
+    with pytest.raises(fm.CapturedTensorError, match=re.escape(name) + advice):
+        attempt(strategy=strategy, memory=memory)
+
+
+@ways
+def test_a_captured_tensor_in_the_meta_loss(strategy: str, memory: Any) -> None:
+    module, weight = net(), torch.tensor(2.0, requires_grad=True)
+
+    def judge(meta: Any, predict: Any, batch: Any) -> Tensor:
+        return weight * mse(meta, predict, batch)
+
+    problem = fm.inner_problem(module, mse, optimizer=optim.sgd(0.1), meta_loss_fn=judge)
+    with pytest.raises(fm.CapturedTensorError, match="`weight`"):
+        run(problem, new_meta(module), strategy, memory=memory)
+
+
+def test_a_tensor_captured_in_a_later_step_only() -> None:
+    """Under Segments the replay finds it."""
+    local = torch.tensor(2.0, requires_grad=True)
+
+    def step(meta: Any, w: Any, batch: Any, seed: int) -> Any:
+        scale = local if int(w["count"]) == 2 else 1.0
+        loss, slope = fm.value_and_grad(lambda w: scale * (w**2).sum())(w["w"])
+        return {"w": w["w"] - 0.1 * slope, "count": w["count"] + 1}, fm.StepInfo(loss)
+
+    problem = fm.Problem(
+        lambda meta, task, seed: {"w": meta * 1, "count": torch.tensor(0)},
+        step,
+        lambda meta, w, query, seed: w["w"].sum(),
+    )
+    meta = torch.ones(2, requires_grad=True)
+    with pytest.raises(fm.CapturedTensorError, match="`local`"):
+        run(problem, meta)
+    with pytest.raises(fm.CapturedTensorError, match="`local`"):
+        run(problem, meta, memory=fm.Segments(2)).loss.backward()
+
+
+@ways
+def test_a_detached_capture_and_one_without_grad_are_constants(strategy: str, memory: Any) -> None:
+    local = torch.tensor(2.0, requires_grad=True)
+    loss = lambda meta, predict, batch: local.detach() * OUTSIDE.detach() * mse(meta, predict, batch)  # noqa: E731
+    usual(loss, strategy=strategy, memory=memory).loss.backward()
+    assert local.grad is None
+
+
+def test_a_captured_tensor_is_no_matter_without_a_graph() -> None:
+    with torch.no_grad():
+        assert in_the_loss().loss.isfinite()
+
+
+# ---- graphs that are cut
+
+
+@memories
+@pytest.mark.parametrize("where", ["loss", "module"])
+def test_a_compiled_loss_is_refused(where: str, memory: Any) -> None:
+    """torch differentiates what torch.compile made once only, and says nothing where that gives first order."""
+    torch._dynamo.reset()
+    module = net()
+    if where == "loss":
+        error = torch.compile(lambda out, y: (out - y).square().mean(), backend="aot_eager")
+        loss: Any = lambda meta, predict, batch: error(predict(batch[0]), batch[1])  # noqa: E731
+    else:
+        error = torch.compile(lambda x: torch.tanh(x) ** 2, backend="aot_eager")
+        loss = lambda meta, predict, batch: error(predict(batch[0])).mean()  # noqa: E731
+    problem, meta = fm.inner_problem(module, loss, optimizer=optim.sgd(0.1)), new_meta(module)
+    with pytest.raises(fm.DetachedError, match=r"compiled by torch.compile.* of first order. Compile nothing in the"):
+        run(problem, meta, memory=memory).loss.backward()
+
+
+@memories
+def test_first_order_allows_a_compiled_loss(memory: Any) -> None:
+    torch._dynamo.reset()
+    module, task = net(), data()
+    error = torch.compile(lambda out, y: (out - y).square().mean(), backend="aot_eager")
+    meta, slopes = new_meta(module), []
+    for loss in (mse, lambda meta, predict, batch: error(predict(batch[0]), batch[1])):
+        problem = fm.inner_problem(module, loss, optimizer=optim.sgd(0.1))
+        out = fm.unroll(problem, meta, task, steps=3, estimator=fm.FirstOrder(), memory=memory)
+        slopes.append(torch.autograd.grad(out.loss, fm.tree.leaves(meta)))
+    torch.testing.assert_close(*slopes)
+
+
+class Once(torch.autograd.Function):
+    """A square whose backward torch does not differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, by: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * by
+
+
+@memories
+def test_a_function_that_is_differentiable_once_is_refused(memory: Any) -> None:
+    """Where the parameters reach the loss by another way too, torch itself is silent."""
+
+    def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+        return Once.apply(predict(batch[0])).mean()  # type: ignore[no-any-return]
+
+    message = (
+        r"Once, an autograd.Function whose backward is marked once_differentiable.*Give it a differentiable backward"
+    )
+    with pytest.raises(fm.DetachedError, match=message):
+        usual(loss, memory=memory).loss.backward()
+    assert usual(loss, memory=memory, estimator=fm.FirstOrder()).loss.requires_grad
+
+
+@ways
+def test_a_detached_inner_loss(strategy: str, memory: Any) -> None:
+    message = (
+        r"The inner loss does not depend on the parameters.*Compute it from the parameters that the function receives"
+    )
+    with pytest.raises(fm.DetachedError, match=message):
+        usual(lambda meta, predict, batch: mse(meta, predict, batch).detach(), strategy=strategy, memory=memory)
+
+
+@ways
+def test_a_detached_meta_loss(strategy: str, memory: Any) -> None:
+    module = net()
+    for detached in (lambda *each: mse(*each).detach(), torch.no_grad()(mse), lambda *each: torch.zeros(())):
+        problem = fm.inner_problem(module, mse, optimizer=optim.sgd(0.1), meta_loss_fn=detached)
+        with pytest.raises(fm.DetachedError, match=r"The meta-loss does not depend on meta.*from the arguments"):
+            run(problem, new_meta(module), strategy, memory=memory)
+
+
+# ---- leaves without a gradient
+
+
+def unused(strategy: str, memory: Any, **options: Any) -> fm.Unrolled:
+    module = net()
+    problem = fm.inner_problem(module, mse, optimizer=lambda meta: optim.sgd(meta["lr"]))
+    return run(problem, new_meta(module, lr=0.1, temperature=1.0, other=2.0), strategy, memory=memory, **options)
+
+
+@pytest.mark.parametrize("strategy", ["single", "vmap"])
+def test_a_leaf_without_a_gradient_is_named_at_once(strategy: str) -> None:
+    message = r"No gradient reaches meta\['temperature'\], meta\['other'\], which requires grad.*take it out of `meta`"
+    with pytest.raises(fm.UnreachedLeafError, match=message) as caught:
+        unused(strategy, fm.StoreAll())
+    assert caught.value.leaves == ("meta['temperature']", "meta['other']")
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("strategy", ["single", "vmap"])
+def test_a_leaf_without_a_gradient_is_named_in_the_backward_pass_of_segments(strategy: str, length: int) -> None:
+    loss = unused(strategy, fm.Segments(length)).loss
+    with pytest.raises(fm.UnreachedLeafError, match=r"No gradient reaches meta\['temperature'\], meta\['other'\]"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_segments_that_reach_no_leaf_at_all(length: int) -> None:
+    """The state is attached, but nothing in it depends on meta."""
+
+    def step(meta: Any, w: Tensor, batch: Any, seed: int) -> Any:
+        loss, slope = fm.value_and_grad(lambda w: (w**2).sum())(w)
+        return w - 0.1 * slope, fm.StepInfo(loss)
+
+    problem = fm.Problem(lambda meta, task, seed: torch.ones(2), step, lambda meta, w, query, seed: w.sum())
+    meta = {"unused": torch.ones(2, requires_grad=True)}
+    with pytest.raises(fm.DetachedError, match="does not depend on meta"):
+        run(problem, meta)
+    with pytest.raises(fm.UnreachedLeafError, match=r"meta\['unused'\]"):
+        run(problem, meta, memory=fm.Segments(length)).loss.backward()
+
+
+@memories
+def test_a_leaf_that_only_one_step_uses_is_reached(memory: Any) -> None:
+    """No false alarm: the third of five steps reads it."""
+
+    def step(meta: Any, state: Any, batch: Any, seed: int) -> Any:
+        w, count = state
+        scale = meta["late"] if int(count) == 2 else 1.0
+        loss, slope = fm.value_and_grad(lambda w: scale * (w**2).sum())(w)
+        return (w - 0.1 * slope, count + 1), fm.StepInfo(loss)
+
+    problem = fm.Problem(
+        lambda meta, task, seed: (meta["w"] * 1, torch.tensor(0)), step, lambda meta, state, query, seed: state[0].sum()
+    )
+    meta = {"w": torch.ones(2, requires_grad=True), "late": torch.tensor(2.0, requires_grad=True)}
+    run(problem, meta, steps=5, memory=memory).loss.backward()
+    assert meta["late"].grad is not None
+
+
+@pytest.mark.parametrize("strategy", ["single", "vmap"])
+def test_leaves_that_do_not_ask_for_a_gradient_may_be_unused(strategy: str) -> None:
+    module = net()
+    problem = fm.inner_problem(module, mse, optimizer=optim.sgd(0.1))
+    run(problem, {**new_meta(module), "note": torch.zeros(3)}, strategy).loss.backward()
+
+
+# ---- losses
+
+
+LOSSES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "per example": (
+        lambda out: out.square().mean(1),
+        r"has shape \[5\], expected \[\]. Reduce it by mean\(\) or sum\(\)",
+    ),
+    "one entry": (lambda out: out.square().mean().reshape(1), r"has shape \[1\], expected \[\]"),
+    "integers": (lambda out: out.sum().long(), "is torch.int64, expected a floating-point tensor. Convert it before"),
+    "complex": (lambda out: out.sum().to(torch.complex64), "is torch.complex64, expected a floating-point tensor"),
+    "a pair": (lambda out: (out.sum(), 0), "is a tuple, expected a 0-d tensor. Return the loss itself"),
+    "nothing": (lambda out: None, "is a NoneType, expected a 0-d tensor. Return the loss itself"),
+}
+
+
+@ways
+@pytest.mark.parametrize(("bad", "message"), LOSSES.values(), ids=LOSSES)
+def test_losses_that_are_none(bad: Callable[[Tensor], Any], message: str, strategy: str, memory: Any) -> None:
+    with pytest.raises(fm.LossError, match="The inner loss " + message):
+        usual(lambda meta, predict, batch: bad(predict(batch[0])), strategy=strategy, memory=memory)
+
+
+@pytest.mark.parametrize(("bad", "message"), LOSSES.values(), ids=LOSSES)
+def test_meta_losses_that_are_none(bad: Callable[[Tensor], Any], message: str) -> None:
+    module = net()
+    judge = lambda meta, predict, batch: bad(predict(batch[0]))  # noqa: E731
+    problem = fm.inner_problem(module, mse, optimizer=optim.sgd(0.1), meta_loss_fn=judge)
+    with pytest.raises(fm.LossError, match="The meta-loss " + message):
+        run(problem, new_meta(module))
+
+
+def test_a_share_that_is_no_loss() -> None:
+    def step(meta: Any, w: Tensor, batch: Any, seed: int) -> Any:
+        loss, slope = fm.value_and_grad(lambda w: (w**2).sum())(w)
+        return w - 0.1 * slope, fm.StepInfo(loss, meta_loss=w)
+
+    problem = fm.Problem(lambda meta, task, seed: meta * 1, step, None)
+    with pytest.raises(fm.LossError, match=r"The meta-loss share of step 0 has shape \[2\], expected \[\]"):
+        run(problem, torch.ones(2, requires_grad=True))
+
+
+@memories
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_the_step(value: float, memory: Any) -> None:
+    module, (support, query, _) = net(), data()
+    task = fm.Task(lambda step: (support[0], support[1] + (value if step == 3 else 0.0)), query)
+    problem = fm.inner_problem(module, mse, optimizer=optim.sgd(0.1))
+    with pytest.raises(fm.NonFiniteError, match=rf"The inner loss of step 3 is {value}. Lower the inner learning rate"):
+        fm.unroll(problem, new_meta(module), task, steps=5, memory=memory)
+    first = fm.unroll(problem, new_meta(module), task, steps=2)
+    with pytest.raises(fm.NonFiniteError, match="The inner loss of step 3 is"):
+        fm.unroll(problem, new_meta(module), task, steps=2, carry=first.carry)
+
+
+@memories
+def test_a_loss_that_is_not_finite_names_the_task(memory: Any) -> None:
+    module, task = net(), data("vmap")
+    task.support[1][1] = float("inf")
+    problem = fm.inner_problem(module, mse, optimizer=optim.sgd(0.1))
+    with pytest.raises(fm.NonFiniteError, match="The inner loss of step 0, task 1 is inf"):
+        fm.unroll_batch(problem, new_meta(module), task, steps=2, strategy="vmap", memory=memory)
+
+
+def test_a_loss_that_is_not_finite_is_told_without_grad_too() -> None:
+    with torch.no_grad(), pytest.raises(fm.NonFiniteError, match="step 0 is nan"):
+        usual(lambda meta, predict, batch: mse(meta, predict, batch) * float("nan"))
+
+
+# ---- states that change
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a new key": (lambda state: {**state, "extra": state["w"]}, r"unexpected state\['extra'\]. Pass a tree"),
+    "a lost key": (lambda state: {"w": state["w"]}, r"missing state\['n'\]"),
+    "another kind": (lambda state: list(state.values()), r"missing state\['w'\], state\['n'\]"),
+    "another dtype": (
+        lambda state: {**state, "w": state["w"].double()},
+        r"state\['w'\] is float64\[2\].*Step 0 changed it",
+    ),
+    "another shape": (
+        lambda state: {**state, "w": state["w"][:1]},
+        r"state\['w'\] is float32\[1\].*, expected float32\[2\]",
+    ),
+    "no tensor any more": (lambda state: {**state, "n": 3}, r"state\['n'\] is 3 \(int\), expected int64\[\] on cpu"),
+}
+
+
+@memories
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_state_that_changes(change: Callable[[dict[str, Any]], Any], message: str, memory: Any) -> None:
+    def step(meta: Any, state: Any, batch: Any, seed: int) -> Any:
+        loss, slope = fm.value_and_grad(lambda w: (w**2).sum())(state["w"])
+        return change({"w": state["w"] - 0.1 * slope, "n": state["n"] + 1}), fm.StepInfo(loss)
+
+    def init(meta: Any, task: Any, seed: int) -> Any:
+        return {"w": meta * 1, "n": torch.tensor(0)}
+
+    problem = fm.Problem(init, step, lambda meta, state, query, seed: state["w"].sum())
+    with pytest.raises(fm.StructureError, match=message):
+        run(problem, torch.ones(2, requires_grad=True), memory=memory)
+
+
+# ---- defects of the field
+
+
+def test_second_order_is_not_first_order_in_disguise() -> None:
+    """A released defect: second order that is first order when something cuts the graph, without a word."""
+    module, task = net().double(), fm.tree.map(torch.Tensor.double, data()[:2])
+    problem = fm.inner_problem(module, mse, optimizer=optim.sgd(0.5))
+    meta = new_meta(module)
+    exact, first = (
+        torch.autograd.grad(
+            fm.unroll(problem, meta, fm.Task(*task), steps=3, estimator=each).loss, fm.tree.leaves(meta)
+        )
+        for each in (fm.Reverse(), fm.FirstOrder())
+    )
+    assert float(fm.tree.norm([a - b for a, b in zip(exact, first, strict=True)])) > 1e-2 * float(fm.tree.norm(first))
+
+
+@ways
+def test_first_order_has_a_gradient_for_the_initial_parameters(strategy: str, memory: Any) -> None:
+    """A released defect: None for the initial parameters."""
+    module = net()
+    meta = new_meta(module)
+    problem = fm.inner_problem(module, mse, optimizer=optim.sgd(0.1))
+    run(problem, meta, strategy, memory=memory, estimator=fm.FirstOrder()).loss.backward()
+    assert all(leaf.grad is not None and leaf.grad.any() for leaf in meta["params"].values())
+
+
+def test_nan_is_not_repaired() -> None:
+    """A released defect: NaN replaced by zeros in silence. Here a finite loss with a NaN slope stays visible."""
+    meta = torch.zeros(1, requires_grad=True)
+
+    def step(meta: Any, w: Tensor, batch: Any, seed: int) -> Any:
+        loss, slope = fm.value_and_grad(lambda w: w.abs().sqrt().sum())(w)
+        return w - slope, fm.StepInfo(loss)
+
+    problem = fm.Problem(lambda meta, task, seed: meta * 1, step, lambda meta, w, query, seed: w.sum())
+    with pytest.raises(fm.NonFiniteError, match="The meta-loss is nan"):
+        run(problem, meta, steps=1)
+
+
+def test_states_have_no_mutable_defaults() -> None:
+    """A released defect: runs that share a state through a default argument."""
+    module, task = net(), data()
+    problem = fm.inner_problem(module, mse, optimizer=optim.adam(0.1))
+    first = fm.unroll(problem, {}, task, steps=2)
+    kept = fm.tree.map(torch.clone, first.state)
+    second = fm.unroll(problem, {}, task, steps=2)
+    for a, b, c in zip(*map(fm.tree.leaves, (first.state, second.state, kept)), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
