@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from funcmeta._errors import MissingExtraError
 from funcmeta.compare._files import written
-from funcmeta.compare._table import bytes_text, time_text
+from funcmeta.compare._table import bytes_text, leaf_label, time_text
 
 if TYPE_CHECKING:
     from funcmeta.compare._comparison import Comparison, LeafRow
@@ -18,6 +18,9 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 MOST_LEAVES = 5
 """How many leaves get a line of their own: the largest ones."""
+
+WIDE = 20.0
+"""From this factor between the largest and the smallest norm ratio on, the axis is logarithmic."""
 
 STYLES = ("-", "--", ":", "-.")
 """One an estimator in the panels by leaf."""
@@ -63,16 +66,17 @@ def draw_agreement(axes: Sequence[Any], comparison: Comparison) -> None:
             label = (f"{name}: " if len(others) > 1 else "") + leaf_label(leaf)
             axes[0].plot(steps, [row.cosine for row in points], label=label, **look)
             axes[1].plot(steps, [row.norm_ratio for row in points], label=label, **look)
-    whom = others[0] if len(others) == 1 else "each estimator"
-    for panel, title in zip(axes, ("Direction: cosine", "Size: norm ratio"), strict=True):
-        panel.set_title(f"{title} of {whom} with {comparison.reference}", fontsize=11)
+    whom = f"{others[0]} and" if len(others) == 1 else "each estimator and"
+    for panel, title in zip(axes, ("Direction: cosine of", "Size: norm ratio of"), strict=True):
+        panel.set_title(f"{title} {whom} {comparison.reference}", fontsize=11)
         panel.set_xlabel("inner steps differentiated")
         panel.set_xticks(sorted({row.steps for row in comparison.leaves}))
         panel.axhline(1.0, color="0.5", linewidth=1, zorder=1)
         panel.grid(alpha=0.25)
     axes[0].set_ylabel("cosine (1: same direction)")
     axes[1].set_ylabel("norm ratio (1: same size)")
-    if all(row.norm_ratio > 0 for row in comparison.leaves if row.leaf in shades and row.name in others):
+    ratios = [row.norm_ratio for row in comparison.leaves if row.leaf in shades and row.name in others]
+    if 0 < WIDE * min(ratios) < max(ratios):
         axes[1].set_yscale("log")
     axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
 
@@ -94,11 +98,6 @@ def draw_cost(axes: Sequence[Any], comparison: Comparison) -> None:
         panel.set_xticks([])
         panel.invert_yaxis()
         panel.spines[["top", "right", "bottom"]].set_visible(False)
-
-
-def leaf_label(leaf: str) -> str:
-    """The last key of the expression that reaches a leaf: ``meta['params']['0.weight']`` is 0.weight."""
-    return "all of meta" if leaf == "meta" else leaf.removesuffix("]").rsplit("[", 1)[-1].strip("'\"")
 
 
 def _shades(rows: Sequence[LeafRow]) -> dict[str, Any]:

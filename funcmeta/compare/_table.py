@@ -9,26 +9,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from funcmeta.compare._comparison import Comparison, Row
 
-HEADERS = (
-    *("estimator", "loss", "cosine", "norm ratio", "rel. error", "worst leaf", "its cosine"),
-    *("fd error", "time", "memory", "evaluations"),
+MEASURES = (
+    *("loss", "cosine", "norm ratio", "relative error", "worst leaf", "its cosine"),
+    *("finite differences", "time", "memory", "evaluations"),
 )
-"""The columns of the table."""
-
-LEFT = frozenset({"estimator", "worst leaf"})
-"""The columns that are words."""
+"""The lines of the table; its columns are the estimators."""
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row of the table, one text a column."""
+def figures(row: Row) -> tuple[str, ...]:
+    """The column of an estimator, one text a measure."""
     leaf, cosine = row.worst_leaf
     return (
-        row.name,
         _fixed(row.loss),
         _fixed(row.cosine),
         _fixed(row.norm_ratio),
         _fixed(row.relative_error),
-        leaf.removeprefix("meta") or leaf or "-",
+        leaf_label(leaf) or "-",
         _fixed(cosine),
         f"{row.fd_error:.1e}" if math.isfinite(row.fd_error) else "-",
         time_text(row.seconds),
@@ -37,13 +33,19 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def lines(comparison: Comparison) -> list[tuple[str, ...]]:
+    """The table, its head first."""
+    names, columns = zip(*[(row.name, figures(row)) for row in comparison.rows], strict=True)
+    return [("", *names), *zip(MEASURES, *columns, strict=True)]
+
+
 def headline(comparison: Comparison) -> str:
     """What was compared, in two lines."""
     steps = "1 inner step" if comparison.steps == 1 else f"{comparison.steps} inner steps"
     return (
         f"Meta-gradients after {steps}, {comparison.dtype} on {comparison.device}, against '{comparison.reference}'.\n"
-        f"fd: central differences along {comparison.directions} random direction"
-        f"{'s' if comparison.directions > 1 else ''}, uncertain by {comparison.fd_spread:.0e}."
+        f"Finite differences: {comparison.directions} random direction"
+        f"{'s' if comparison.directions > 1 else ''}, themselves uncertain by {comparison.fd_spread:.0e}."
     )
 
 
@@ -58,9 +60,16 @@ def notes(comparison: Comparison) -> list[str]:
 
 def table(comparison: Comparison) -> str:
     """The headline, the aligned columns and the notes."""
-    lines = [HEADERS, *[cells(row) for row in comparison.rows]]
-    widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
-    return "\n".join([headline(comparison), "", *[_aligned(line, widths) for line in lines], *notes(comparison)])
+    rows = lines(comparison)
+    widths = [max(len(text) for text in column) for column in zip(*rows, strict=True)]
+    padded = [[text.rjust(width) for text, width in zip(row, widths, strict=True)] for row in rows]
+    aligned = ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]
+    return "\n".join([headline(comparison), "", *aligned, *notes(comparison)])
+
+
+def leaf_label(leaf: str) -> str:
+    """The last key of the expression that reaches a leaf: ``meta['params']['0.weight']`` is 0.weight."""
+    return "all of meta" if leaf == "meta" else leaf.removesuffix("]").rsplit("[", 1)[-1].strip("'\"")
 
 
 def time_text(seconds: float) -> str:
@@ -83,8 +92,3 @@ def _fixed(value: float) -> str:
     if not math.isfinite(value):
         return "-"
     return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"
-
-
-def _aligned(texts: Sequence[str], widths: Sequence[int]) -> str:
-    columns = zip(HEADERS, texts, widths, strict=True)
-    return "  ".join(text.ljust(width) if head in LEFT else text.rjust(width) for head, text, width in columns).rstrip()

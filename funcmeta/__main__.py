@@ -1,0 +1,5 @@
+"""``python -m funcmeta`` is ``funcmeta``."""
+
+from funcmeta.cli import main
+
+main()

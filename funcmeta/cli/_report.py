@@ -1,0 +1,173 @@
+"""What a run leaves behind: tables in the terminal, a picture, and a JSON file with every figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+
+from funcmeta.cli._training import Curve, Mean
+from funcmeta.compare import Comparison
+from funcmeta.compare._files import written
+from funcmeta.compare._plot import COLORS, draw_agreement, draw_cost, figure, save
+from funcmeta.compare._table import headline, lines, notes, time_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from funcmeta.cli._run import Options
+    from funcmeta.cli._subject import Subject
+
+
+class Trial(NamedTuple):
+    """A score on the test tasks, and how far it is ahead of the longest training from scratch, task by task."""
+
+    name: str
+    steps: int
+    score: Mean
+    ahead: Mean | None
+
+
+class Training(NamedTuple):
+    """Meta-training with each estimator: on the way, and at its end beside the net trained from scratch."""
+
+    curves: list[Curve]
+    scratch: Mean
+    trials: list[Trial]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a run measured."""
+
+    options: Options
+    subject: Subject
+    comparison: Comparison
+    training: Training | None
+    seconds: float
+
+    def show(self, console: Console) -> None:
+        """Print the tables."""
+        console.print(f"[bold]{self.title}[/bold]")
+        console.print(headline(self.comparison), highlight=False)
+        (_, *names), *rows = lines(self.comparison)
+        table = Table("", *[Column(name, justify="right") for name in names])
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        for note in notes(self.comparison):
+            console.print(note, highlight=False)
+        if self.training:
+            console.print(self._tests(self.training))
+
+    @property
+    def title(self) -> str:
+        """What was compared on what, in one line."""
+        return f"{self.subject.title}, {self.options.steps} inner steps of SGD at {self.options.lr:g}"
+
+    def save(self, folder: Path) -> None:
+        """Write ``compare.png`` and ``compare.json`` into the folder, each whole or not at all."""
+        picture = self._picture()
+        save(picture, folder / "compare.png")
+        with written(folder / "compare.json") as file:
+            file.write(json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as dicts, lists, strings and numbers."""
+        return {
+            "options": asdict(self.options) | {"out": str(self.options.out)},
+            "comparison": self.comparison.to_dict(),
+            "training": self.training and self._training_dict(self.training),
+            "machine": machine(),
+            "seconds": self.seconds,
+        }
+
+    def _training_dict(self, training: Training) -> dict[str, Any]:
+        return {
+            "score": self.subject.score_name,
+            "estimators": [
+                {
+                    "name": curve.name,
+                    "seconds_per_iteration": curve.seconds_per_iteration,
+                    "losses": curve.losses,
+                    "validation": [{"iteration": point.iteration, **point.score._asdict()} for point in curve.points],
+                }
+                for curve in training.curves
+            ],
+            "scratch": training.scratch._asdict(),
+            "test": [
+                {
+                    "name": trial.name,
+                    "steps": trial.steps,
+                    "score": trial.score._asdict(),
+                    "ahead": trial.ahead and trial.ahead._asdict(),
+                }
+                for trial in training.trials
+            ],
+        }
+
+    def _tests(self, training: Training) -> Table:
+        curves = {curve.name: curve for curve in training.curves}
+        table = Table(
+            "initial parameters",
+            *[Column(head, justify="right") for head in ("steps", self.subject.score_name, "ahead", "iteration")],
+            title=f"{self.options.test_tasks} held-out tasks after {self.options.iterations} iterations of "
+            f"{self.options.tasks} tasks; means and 95 % intervals",
+        )
+        for trial in training.trials:
+            ahead = "" if trial.ahead is None else f"{trial.ahead.value:+.3f} ± {trial.ahead.margin:.3f}"
+            curve = curves.get(trial.name)
+            seconds = "" if curve is None else time_text(curve.seconds_per_iteration)
+            table.add_row(trial.name, str(trial.steps), str(trial.score), ahead, seconds)
+        return table
+
+    def _picture(self) -> Any:
+        picture = figure(12, 7.5)
+        picture.suptitle(self.title, fontsize=13, fontweight="bold")
+        grid = picture.add_gridspec(2, 1, height_ratios=(1, 1))
+        above = grid[0].subgridspec(1, 2)
+        draw_agreement([picture.add_subplot(cell) for cell in above], self.comparison)
+        below = grid[1].subgridspec(2, 2, width_ratios=(1, 1.6))
+        draw_cost([picture.add_subplot(below[0, 0]), picture.add_subplot(below[1, 0])], self.comparison)
+        if self.training:
+            self._draw_curves(picture.add_subplot(below[:, 1]), self.training)
+        return picture
+
+    def _draw_curves(self, panel: Any, training: Training) -> None:
+        for index, curve in enumerate(training.curves):
+            color = COLORS[index % len(COLORS)]
+            iterations = [point.iteration for point in curve.points]
+            values = [point.score.value for point in curve.points]
+            margins = [point.score.margin for point in curve.points]
+            low = [value - margin for value, margin in zip(values, margins, strict=True)]
+            high = [value + margin for value, margin in zip(values, margins, strict=True)]
+            panel.plot(iterations, values, color=color, marker="o", linewidth=2, label=curve.name)
+            panel.fill_between(iterations, low, high, color=color, alpha=0.15, linewidth=0)
+        label = f"from scratch, {training.trials[0].steps} steps"
+        panel.axhline(training.scratch.value, color="0.4", linestyle="--", label=label)
+        panel.set_title(f"Meta-training: {self.subject.score_name} on held-out scripts", fontsize=11)
+        panel.set_xlabel(f"iterations of {self.options.tasks} tasks")
+        panel.set_ylabel(self.subject.score_name)
+        panel.grid(alpha=0.25)
+        panel.legend(fontsize=9, frameon=False)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what the figures were measured."""
+    return {
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }

@@ -1,0 +1,132 @@
+"""Meta-train with an estimator, and judge what was learned on tasks that were held out."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcmeta import rng, tree
+from funcmeta._batching import over_tasks
+from funcmeta._typing import Params
+from funcmeta.algorithms import maml
+from funcmeta.cli._subject import Subject
+from funcmeta.estimators import Estimator
+from funcmeta.model import functionalize
+from funcmeta.optim import sgd
+from funcmeta.problem import InnerState, inner_problem
+from funcmeta.tasks import Task
+from funcmeta.unroll_batch import unroll_batch
+
+CHUNK = 20
+"""Tasks that are judged at once."""
+
+POINTS = 6
+"""How often the score is validated during meta-training, besides at its end."""
+
+
+class Mean(NamedTuple):
+    """A mean over tasks, and half the width of its 95 % interval (normal approximation)."""
+
+    value: float
+    margin: float
+
+    def __str__(self) -> str:
+        """Both, to three decimals."""
+        return f"{self.value:.3f} ± {self.margin:.3f}"
+
+
+class Point(NamedTuple):
+    """The score on the validation tasks after so many iterations."""
+
+    iteration: int
+    score: Mean
+
+
+@dataclass
+class Curve:
+    """The meta-training with one estimator."""
+
+    name: str
+    points: list[Point] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    seconds_per_iteration: float = math.nan
+    params: Params = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to meta-train: the same tasks, seeds and initial parameters for every estimator."""
+
+    subject: Subject
+    steps: int
+    lr: float
+    meta_lr: float
+    tasks: int
+    iterations: int
+    validation_tasks: int
+    seed: int
+
+    def train(self, name: str, estimator: Estimator, progress: Callable[[], None]) -> Curve:
+        """MAML with this estimator; Adam outside."""
+        algorithm = maml.build(self.subject.net, self.subject.loss, steps=self.steps, lr=self.lr, estimator=estimator)
+        meta = algorithm.init()
+        params = meta["params"]
+        optimizer = torch.optim.Adam(params.values(), lr=self.meta_lr)
+        sampler = self.subject.sampler("train", torch.float32)
+        curve = Curve(name, params=params)
+        seconds = 0.0
+        for iteration in range(self.iterations):
+            if iteration in self._stops():
+                curve.points.append(Point(iteration, self.validate(params)))
+            began = time.perf_counter()
+            optimizer.zero_grad()
+            batch = sampler.sample_batch(rng.fold(self.seed, 10, iteration), self.tasks)
+            loss = algorithm.loss(meta, batch, seed=rng.fold(self.seed, 11, iteration))
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            seconds += time.perf_counter() - began
+            curve.losses.append(loss.item())
+            progress()
+        curve.points.append(Point(self.iterations, self.validate(params)))
+        curve.seconds_per_iteration = seconds / self.iterations
+        return curve
+
+    def validate(self, params: Params) -> Mean:
+        """The score on the validation tasks, always the same."""
+        return mean(self.scores(params, "validation", self.validation_tasks, self.steps))
+
+    def scores(self, params: Params, split: str, tasks: int, steps: int) -> Tensor:
+        """The score after adaptation on each of some tasks of a split: [tasks]."""
+        sampler = self.subject.sampler(split, torch.float32)
+        number = ("train", "validation", "test").index(split)
+        sizes = [min(CHUNK, tasks - first) for first in range(0, tasks, CHUNK)]
+        chunks = [
+            sampler.sample_batch(rng.fold(self.seed, 12, number, index), size) for index, size in enumerate(sizes)
+        ]
+        return torch.cat([self._adapted_scores(params, chunk, steps) for chunk in chunks])
+
+    def _adapted_scores(self, params: Params, tasks: Task, steps: int) -> Tensor:
+        model, _, _ = functionalize(self.subject.net)
+        problem = inner_problem(self.subject.net, self.subject.loss, optimizer=sgd(self.lr))
+
+        def judge(state: InnerState, query: tuple[Tensor, Tensor]) -> Tensor:
+            out, _ = model(state.params, state.buffers, query[0])
+            return self.subject.score(out, query[1])
+
+        with torch.no_grad():
+            meta = {"params": tree.detach(params)}
+            state = unroll_batch(problem, meta, tasks, steps=steps, strategy="vmap").state
+            return over_tasks(judge)(state, tasks.query)  # type: ignore[no-any-return]
+
+    def _stops(self) -> set[int]:
+        return {round(part * self.iterations / POINTS) for part in range(POINTS)}
+
+
+def mean(scores: Tensor) -> Mean:
+    """The mean with its interval."""
+    margin = 1.96 * scores.std().item() / math.sqrt(len(scores)) if len(scores) > 1 else math.inf
+    return Mean(scores.mean().item(), margin)
