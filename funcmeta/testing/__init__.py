@@ -1,6 +1,6 @@
 """Checks for users as well as for this library: finite differences, meta-gradients, tolerances."""
 
-from funcmeta.testing import mutants
+from funcmeta.testing import mutants, strategies
 from funcmeta.testing._differences import Derivative, finite_difference
 from funcmeta.testing._failures import CheckError, MetaGradientMismatch, VacuousCheckError
 from funcmeta.testing._meta_gradient import MetaGradientCheck, check_meta_grad
@@ -19,4 +19,5 @@ __all__ = [
     "check_transform",
     "finite_difference",
     "mutants",
+    "strategies",
 ]

@@ -31,7 +31,8 @@ def finite_difference(
         tree: where the derivative is taken, a tree of floating-point tensors.
         direction: a tree like ``tree``, with the same shapes, dtypes and devices.
         eps: the step in t. Default: u^(1 / (order + 1)) · max|tree| / max|direction|, where u is the spacing of the
-            dtype at 1 and the maximum of the tree goes over the leaves that move (1 where they are all 0).
+            dtype at 1 and the maximum of the tree goes over the leaves that move; it counts 1 where it is 0, and 1e-3
+            where it is less.
         order: 2, 4 or 6.
 
     Returns:
@@ -65,11 +66,11 @@ def finite_difference(
 def default_step(at: Tree, direction: Tree, order: int) -> float:
     """The step in t that balances the error of the formula against rounding."""
     pairs = zip(tree.leaves(at), tree.aligned(at, direction), strict=True)
-    moved = [(_largest(leaf), _largest(by), torch.finfo(leaf.dtype).eps) for leaf, by in pairs if by.any()]
+    moved = [(_scale(leaf), _largest(by), torch.finfo(leaf.dtype).eps) for leaf, by in pairs if by.any()]
     if not moved:
         return 1.0
     scales, lengths, spacings = zip(*moved, strict=True)
-    return float(max(spacings) ** (1 / (order + 1)) * (max(scales) or 1.0) / max(lengths))
+    return float(max(spacings) ** (1 / (order + 1)) * max(scales) / max(lengths))
 
 
 def _difference(fn: Callable[[Tree], Any], at: Tree, direction: Tree, eps: float, order: int) -> Tensor:
@@ -200,9 +201,14 @@ def probes(
 
 
 def _direction(leaf: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal numbers of the size of the leaf; of size 1 where the leaf is zero."""
+    """Normal numbers of the scale of the leaf."""
     numbers = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
-    return numbers * (_largest(leaf) or 1.0)
+    return numbers * _scale(leaf)
+
+
+def _scale(leaf: Tensor) -> float:
+    """How far a leaf can be moved: its size, as long as values beside it can be told apart, or 1 if it is zero."""
+    return max(_largest(leaf), 1e-3) if leaf.any() else 1.0
 
 
 def _largest(leaf: Tensor) -> float:

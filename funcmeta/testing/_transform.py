@@ -202,8 +202,8 @@ def _check_functorch(function: Callable[[Named], Tensor], at: dict[str, Tensor],
         other = torch.func.grad(function)(at)
     except RuntimeError as error:
         raise CheckError(
-            f"The transform does not run under torch.func.grad: {error} Use no autograd.Function without a "
-            f"setup_context, and let no value of a tensor steer Python."
+            f"The transform does not run under torch.func.grad: {error} Use no saved-tensor hooks and no "
+            f"autograd.Function without a setup_context."
         ) from error
     for name, expected in gradient.items():
         if not _close(expected, other[name]):

@@ -79,10 +79,18 @@ def test_float32_and_zeros_have_sensible_steps() -> None:
 
 
 def test_the_step_follows_the_leaves_that_move() -> None:
-    tree = {"small": double(1e-3), "large": double(1e6), "empty": double()}
+    tree = {"small": double(2e-3), "large": double(1e6), "empty": double()}
     direction = {"small": double(1.0), "large": double(0.0), "empty": double()}
-    assert default_step(tree, direction, 2) == pytest.approx(1e-3 * 2.0 ** (-52 / 3))
+    assert default_step(tree, direction, 2) == pytest.approx(2e-3 * 2.0 ** (-52 / 3))
     assert default_step(tree, {key: leaf * 0 for key, leaf in direction.items()}, 2) == 1.0
+
+
+@pytest.mark.parametrize("size", [1e-8, 5e-324])
+def test_a_tiny_leaf_moves_far_enough_to_be_seen(size: float) -> None:
+    probe = first_probe(lambda some: some["w"].sum().exp(), {"w": double(size)}, {"w": double(1.0)})
+    assert probe.judge({"w": double(1.0)}, 1e-6).error < 1e-6
+    assert probe.judge({"w": double(1.0 + 1e-5)}, 1e-6).error > 1e-6
+    assert float(finite_difference(torch.exp, double(size)[0], double(1.0)[0])) == pytest.approx(1, rel=1e-7)
 
 
 def test_a_zero_direction_gives_zero() -> None:
@@ -131,7 +139,7 @@ def first_probe(function: Any, at: Any, gradient: Any, seed: int = 0) -> Probe:
 
 
 def test_probes_move_all_leaves_and_each_in_proportion_to_its_size() -> None:
-    leaves = {"big": double(1e3, -1e3), "small": double(1e-4), "empty": double(), "zero": double(0.0)}
+    leaves = {"big": double(1e3, -1e3), "small": double(1e-2), "empty": double(), "zero": double(0.0)}
     moves: list[set[str]] = []
 
     def value(some: Any) -> Tensor:
