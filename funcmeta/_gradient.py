@@ -113,7 +113,7 @@ _rule: ContextVar[Rule | None] = ContextVar("funcmeta_inner_gradient", default=N
 
 def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gradient:
     if torch.compiler.is_compiling() or inside_functorch():
-        return _by_functorch(objective, params)
+        return _by_functorch(objective, params, differentiable)
     attached = torch.is_grad_enabled()
     with torch.enable_grad():
         inputs = tree.map(lambda leaf: alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf), params)
@@ -131,7 +131,7 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
     return Gradient(value, aux, tree.unflatten(grads, spec))
 
 
-def _by_functorch(objective: Objective, params: Tree) -> Gradient:
+def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> Gradient:
     """The gradient by ``torch.func``, whose auxiliary outputs can only be tensors."""
     other: list[Any] = []
 
@@ -141,7 +141,9 @@ def _by_functorch(objective: Objective, params: Tree) -> Gradient:
         other[:] = [leaves, spec]
         return value, _tensors(leaves)
 
-    grads, (value, tensors) = torch.func.grad_and_value(tensors_only, has_aux=True)(params)
+    value, pull_back, tensors = torch.func.vjp(tensors_only, params, has_aux=True)
+    with torch.set_grad_enabled(differentiable):
+        (grads,) = pull_back(torch.ones_like(value))
     leaves, spec = other
     following = iter(tensors)
     aux = tree.unflatten([next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
