@@ -1,5 +1,6 @@
 """An exact estimator returns the exact meta-gradient or an error that names what is wrong and what to do."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -152,7 +153,10 @@ CAPTURED: dict[str, tuple[Callable[..., Any], str]] = {
     "a result": (something_computed, "`computed`"),
     "the outer meta": (the_outer_meta, "`outer['lr']`"),
     "another module": (another_module, "`critic."),
-    "an attribute of the module": (lambda **options: usual(module=Deep(), **options), "`_skeleton.1.scale` (float32[] on cpu)"),
+    "an attribute of the module": (
+        lambda **options: usual(module=Deep(), **options),
+        "`_skeleton.1.scale` (float32[] on cpu)",
+    ),
 }
 
 
@@ -175,6 +179,18 @@ def test_a_captured_tensor_in_the_meta_loss(strategy: str, memory: Any) -> None:
     problem = fm.inner_problem(module, mse, optimizer=optim.sgd(0.1), meta_loss_fn=judge)
     with pytest.raises(fm.CapturedTensorError, match="`weight`"):
         run(problem, new_meta(module), strategy, memory=memory)
+
+
+def test_a_captured_tensor_without_a_name_is_described() -> None:
+    """It hides where Python can not look into: the arguments of a partial function."""
+
+    def weighted(weight: Tensor, meta: Any, predict: Any, batch: Any) -> Tensor:
+        return weight * mse(meta, predict, batch)
+
+    loss = functools.partial(weighted, torch.tensor(2.0, requires_grad=True))
+    message = r"A tensor whose name could not be found \(float32\[\] on cpu\) requires grad"
+    with pytest.raises(fm.CapturedTensorError, match=message):
+        usual(loss)
 
 
 def test_a_tensor_captured_in_a_later_step_only() -> None:
@@ -240,6 +256,20 @@ def test_first_order_allows_a_compiled_loss(memory: Any) -> None:
     for loss in (mse, lambda meta, predict, batch: error(predict(batch[0]), batch[1])):
         problem = fm.inner_problem(module, loss, optimizer=optim.sgd(0.1))
         out = fm.unroll(problem, meta, task, steps=3, estimator=fm.FirstOrder(), memory=memory)
+        slopes.append(torch.autograd.grad(out.loss, fm.tree.leaves(meta)))
+    torch.testing.assert_close(*slopes)
+
+
+@memories
+def test_under_vmap_a_compiled_loss_is_exact(memory: Any) -> None:
+    """Inside torch.func, dynamo leaves the loss to torch.func.grad: nothing is cut, so nothing is refused."""
+    torch._dynamo.reset()
+    module, tasks = net(), data("vmap")
+    error = torch.compile(lambda out, y: (out - y).square().mean(), backend="aot_eager")
+    meta, slopes = new_meta(module), []
+    for loss in (mse, lambda meta, predict, batch: error(predict(batch[0]), batch[1])):
+        problem = fm.inner_problem(module, loss, optimizer=optim.sgd(0.5))
+        out = fm.unroll_batch(problem, meta, tasks, steps=3, strategy="vmap", memory=memory)
         slopes.append(torch.autograd.grad(out.loss, fm.tree.leaves(meta)))
     torch.testing.assert_close(*slopes)
 

@@ -296,6 +296,23 @@ def test_the_meta_gradient_can_be_differentiated_again(memory: Any) -> None:
     torch.testing.assert_close(computed, expected, rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.parametrize("estimator", [fm.Reverse(), fm.FirstOrder()], ids=repr)
+def test_a_compiled_step(estimator: Any) -> None:
+    """The inner gradient inside a compiled step is differentiated, or held constant, as outside."""
+    torch._dynamo.reset()
+
+    def step(rate: Tensor, w: Tensor, batch: Any, seed: int) -> tuple[Tensor, fm.StepInfo]:
+        loss, slope = fm.value_and_grad(lambda w: (torch.sin(w) ** 2).sum())(w)
+        return w - rate * slope, fm.StepInfo(loss)
+
+    rate, slopes = torch.tensor(0.3).double().requires_grad_(), []
+    for each in (step, torch.compile(step, backend="aot_eager")):
+        problem = fm.Problem(lambda rate, task, seed: rate.expand(2), each, lambda rate, w, query, seed: (w**3).sum())
+        out = fm.unroll(problem, rate, ONE, steps=3, estimator=estimator)
+        slopes.append(torch.autograd.grad(out.loss, rate)[0])
+    close(*slopes)
+
+
 # ---- arguments
 
 
