@@ -94,7 +94,7 @@ def test_a_scaled_loss_and_an_unscaled_rate_leave_the_path_of_sgd(case: Case, st
     training = case.problem.step.__self__  # type: ignore[attr-defined]
 
     def scaled(meta: Any, state: Any, batch: Any, seed: int) -> Any:
-        loss, grads = fm.value_and_grad(lambda params: scale * training.loss(params, batch))(state.params)
+        loss, grads = fm.value_and_grad(lambda params: scale * training.inner_loss(meta, params, batch))(state.params)
         transform = training.optimizer.build({**meta["hypers"], "lr": meta["hypers"]["lr"] / scale})
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = fm.apply_updates(state.params, updates)

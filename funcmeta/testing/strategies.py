@@ -222,7 +222,8 @@ def problems(*, tasks: int | None = None, optimizer: SearchStrategy[Optimizer] |
         optimizer: a strategy for the inner optimizer; default ``optimizers()``.
 
     Returns:
-        A strategy for ``Case``; the meta-loss may have shares of the steps, the support may depend on the step.
+        A strategy for ``Case``; the meta-loss may have shares of the steps, the inner loss may pull towards the initial
+        parameters, the support may depend on the step.
 
     Raises:
         MissingExtraError: Hypothesis is not installed.
@@ -234,7 +235,7 @@ def problems(*, tasks: int | None = None, optimizer: SearchStrategy[Optimizer] |
     """
     st = _hypothesis()
     chosen = optimizers() if optimizer is None else optimizer
-    training = st.builds(_Training, smooth_losses(), smooth_losses(), chosen, st.booleans())
+    training = st.builds(_Training, smooth_losses(), smooth_losses(), chosen, st.booleans(), st.booleans())
     return st.builds(_case, training, parameter_trees(), st.just(tasks), st.booleans(), _seeds())  # type: ignore[no-any-return]
 
 
@@ -246,13 +247,22 @@ class _Training:
     judge: SmoothLoss
     optimizer: Optimizer
     shares: bool
+    anchored: bool
 
     def init(self, meta: Meta, task: Task, seed: int) -> InnerState:
         state = self.optimizer.build(meta["hypers"]).init(meta["params"])
         return InnerState(meta["params"], {}, state, torch.zeros((), dtype=torch.int64))
 
+    def inner_loss(self, meta: Meta, params: Tree, batch: Tensor) -> Tensor:
+        """The loss, and when anchored a pull towards the initial parameters, too weak to turn a gradient around."""
+        loss = self.loss(params, batch)
+        if not self.anchored:
+            return loss
+        away = tree.map(torch.sub, params, meta["params"])
+        return loss + 0.05 * tree.dot(away, away)
+
     def step(self, meta: Meta, state: InnerState, batch: Tensor, seed: int) -> tuple[InnerState, StepInfo]:
-        loss, grads = value_and_grad(self.loss)(state.params, batch)
+        loss, grads = value_and_grad(lambda params: self.inner_loss(meta, params, batch))(state.params)
         transform = self.optimizer.build(meta["hypers"])
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         following = InnerState(apply_updates(state.params, updates), {}, opt_state, state.step + 1)
