@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 
 from funcmeta._errors import FuncmetaError
-from funcmeta.cli._run import Options, run
+from funcmeta.cli._options import Options
+from funcmeta.cli._run import run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -47,9 +48,7 @@ def compare(
         Precision.float32
     ),
     seed: Annotated[int, typer.Option(min=0, help="Everything random follows from it.")] = 0,
-    threads: Annotated[
-        int, typer.Option(min=1, help="Threads of PyTorch; for nets as small as these one is best.")
-    ] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch; for nets this small one is best.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for compare.png and compare.json.")] = Path("compare"),
 ) -> None:
     """Compare meta-gradients of first and second order on real tasks: direction, size, time, memory, and what the

@@ -1,38 +1,33 @@
 """What a run leaves behind: tables in the terminal, a picture, and a JSON file with every figure."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from funcmeta.cli._options import Options
+from funcmeta.cli._subject import Subject
 from funcmeta.cli._training import Curve, Mean
 from funcmeta.compare import Comparison
 from funcmeta.compare._files import written
 from funcmeta.compare._plot import COLORS, draw_agreement, draw_cost, figure, save
-from funcmeta.compare._table import headline, lines, notes, time_text
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from funcmeta.cli._run import Options
-    from funcmeta.cli._subject import Subject
+from funcmeta.compare._table import lines, notes, time_text
 
 
 class Trial(NamedTuple):
-    """A score on the test tasks, and how far it is ahead of the longest training from scratch, task by task."""
+    """A score on the test tasks, and its difference, task by task, from that of the longest training from scratch."""
 
     name: str
     steps: int
     score: Mean
-    ahead: Mean | None
+    difference: Mean | None
 
 
 class Training(NamedTuple):
@@ -56,13 +51,13 @@ class Report:
     def show(self, console: Console) -> None:
         """Print the tables."""
         console.print(f"[bold]{self.title}[/bold]")
-        console.print(headline(self.comparison), highlight=False)
-        (_, *names), *rows = lines(self.comparison)
+        console.print(self.comparison.headline, highlight=False)
+        (_, *names), *rows = lines(self.comparison.rows)
         table = Table("", *[Column(name, justify="right") for name in names])
         for row in rows:
             table.add_row(*row)
         console.print(table)
-        for note in notes(self.comparison):
+        for note in notes(self.comparison.rows):
             console.print(note, highlight=False)
         if self.training:
             console.print(self._tests(self.training))
@@ -107,7 +102,7 @@ class Report:
                     "name": trial.name,
                     "steps": trial.steps,
                     "score": trial.score._asdict(),
-                    "ahead": trial.ahead and trial.ahead._asdict(),
+                    "difference": trial.difference and trial.difference._asdict(),
                 }
                 for trial in training.trials
             ],
@@ -117,15 +112,15 @@ class Report:
         curves = {curve.name: curve for curve in training.curves}
         table = Table(
             "initial parameters",
-            *[Column(head, justify="right") for head in ("steps", self.subject.score_name, "ahead", "iteration")],
+            *[Column(head, justify="right") for head in ("steps", self.subject.score_name, "difference", "iteration")],
             title=f"{self.options.test_tasks} held-out tasks after {self.options.iterations} iterations of "
             f"{self.options.tasks} tasks; means and 95 % intervals",
         )
         for trial in training.trials:
-            ahead = "" if trial.ahead is None else f"{trial.ahead.value:+.3f} ± {trial.ahead.margin:.3f}"
+            difference = "" if trial.difference is None else f"{trial.difference:+}"
             curve = curves.get(trial.name)
             seconds = "" if curve is None else time_text(curve.seconds_per_iteration)
-            table.add_row(trial.name, str(trial.steps), str(trial.score), ahead, seconds)
+            table.add_row(trial.name, str(trial.steps), f"{trial.score}", difference, seconds)
         return table
 
     def _picture(self) -> Any:
@@ -133,9 +128,9 @@ class Report:
         picture.suptitle(self.title, fontsize=13, fontweight="bold")
         grid = picture.add_gridspec(2, 1, height_ratios=(1, 1))
         above = grid[0].subgridspec(1, 2)
-        draw_agreement([picture.add_subplot(cell) for cell in above], self.comparison)
+        draw_agreement([picture.add_subplot(cell) for cell in above], self.comparison.leaves, self.comparison.reference)
         below = grid[1].subgridspec(2, 2, width_ratios=(1, 1.6))
-        draw_cost([picture.add_subplot(below[0, 0]), picture.add_subplot(below[1, 0])], self.comparison)
+        draw_cost([picture.add_subplot(below[0, 0]), picture.add_subplot(below[1, 0])], self.comparison.rows)
         if self.training:
             self._draw_curves(picture.add_subplot(below[:, 1]), self.training)
         return picture
@@ -152,8 +147,9 @@ class Report:
             panel.fill_between(iterations, low, high, color=color, alpha=0.15, linewidth=0)
         label = f"from scratch, {training.trials[0].steps} steps"
         panel.axhline(training.scratch.value, color="0.4", linestyle="--", label=label)
-        panel.set_title(f"Meta-training: {self.subject.score_name} on held-out scripts", fontsize=11)
+        panel.set_title(f"Meta-training: {self.subject.score_name} on held-out tasks", fontsize=11)
         panel.set_xlabel(f"iterations of {self.options.tasks} tasks")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylabel(self.subject.score_name)
         panel.grid(alpha=0.25)
         panel.legend(fontsize=9, frameon=False)

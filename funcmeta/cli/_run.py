@@ -3,7 +3,6 @@
 import math
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,10 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from funcmeta._errors import ArgumentError
+from funcmeta.cli._options import Options
 from funcmeta.cli._report import Report, Training, Trial
 from funcmeta.cli._subject import Subject, subject
 from funcmeta.cli._training import Plan, mean
 from funcmeta.compare import Comparison, compare
+from funcmeta.compare._plot import figure
 from funcmeta.estimators import Estimator, FirstOrder, Reptile, Reverse
 from funcmeta.model import init_params
 from funcmeta.optim import sgd
@@ -29,32 +30,6 @@ ESTIMATORS: dict[str, tuple[str, Estimator]] = {
 
 LONGER = 4
 """How many times more steps the net gets that is trained from scratch: enough for it to fit the support."""
-
-VALIDATION_TASKS = 20
-
-
-@dataclass(frozen=True)
-class Options:
-    """What was asked for."""
-
-    data: str
-    model: str | None
-    estimators: str
-    ways: int
-    shots: int
-    queries: int
-    steps: int
-    lr: float
-    meta_lr: float
-    tasks: int
-    iterations: int
-    test_tasks: int
-    size: int
-    filters: int
-    dtype: str
-    seed: int
-    threads: int
-    out: Path
 
 
 def run(options: Options, console: Console) -> Report:
@@ -80,6 +55,7 @@ def run(options: Options, console: Console) -> Report:
         seed=options.seed,
     )
     check_folder(options.out)
+    figure(1, 1)  # a missing matplotlib shall not cost a run
     torch.set_num_threads(options.threads)
     columns = (
         SpinnerColumn(),
@@ -143,7 +119,6 @@ def trained(topic: Subject, options: Options, estimators: dict[str, Estimator], 
         options.meta_lr,
         options.tasks,
         options.iterations,
-        VALIDATION_TASKS,
         options.seed,
     )
     curves = []
@@ -153,7 +128,7 @@ def trained(topic: Subject, options: Options, estimators: dict[str, Estimator], 
     job = progress.add_task("Test on held-out tasks", total=len(curves) + 2)
     initial = init_params(topic.net)
     longer = LONGER * options.steps
-    line = mean(plan.scores(initial, "validation", VALIDATION_TASKS, longer))
+    line = plan.validate(initial, longer)
     scratch = plan.scores(initial, "test", options.test_tasks, longer)
     entrants = [("random", initial), *[(curve.name, curve.params) for curve in curves]]
     trials = [Trial("random", longer, mean(scratch), None)]

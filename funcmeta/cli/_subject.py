@@ -28,7 +28,6 @@ class Subject:
     loss: Callable[[Meta, Predict, Batch], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]
     score_name: str
-    higher_is_better: bool
 
 
 def subject(
@@ -57,8 +56,7 @@ def subject(
             net,
             _squared_error,
             F.mse_loss,
-            "query error (mean square)",
-            higher_is_better=False,
+            "query error",
         )
     if model == "conv4" and size < 16:
         raise ArgumentError(f"size is {size}, expected at least 16: conv4 halves an image four times. Pass --size 16.")
@@ -78,7 +76,6 @@ def subject(
         _cross_entropy,
         lambda out, y: (out.argmax(-1) == y).to(out.dtype).mean(),
         "query accuracy",
-        higher_is_better=True,
     )
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ from funcmeta.unroll_batch import unroll_batch
 CHUNK = 20
 """Tasks that are judged at once."""
 
+VALIDATION_TASKS = 20
+
 POINTS = 6
 """How often the score is validated during meta-training, besides at its end."""
 
@@ -34,9 +36,9 @@ class Mean(NamedTuple):
     value: float
     margin: float
 
-    def __str__(self) -> str:
-        """Both, to three decimals."""
-        return f"{self.value:.3f} ± {self.margin:.3f}"
+    def __format__(self, sign: str) -> str:
+        """Both, to three decimals; ``+`` shows the sign."""
+        return f"{self.value:{sign}.3f} ± {self.margin:.3f}"
 
 
 class Point(NamedTuple):
@@ -46,15 +48,14 @@ class Point(NamedTuple):
     score: Mean
 
 
-@dataclass
-class Curve:
-    """The meta-training with one estimator."""
+class Curve(NamedTuple):
+    """The meta-training with one estimator: what it gave, and what it met on the way."""
 
     name: str
-    points: list[Point] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    seconds_per_iteration: float = math.nan
-    params: Params = field(default_factory=dict)
+    params: Params
+    points: list[Point]
+    losses: list[float]
+    seconds_per_iteration: float
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,6 @@ class Plan:
     meta_lr: float
     tasks: int
     iterations: int
-    validation_tasks: int
     seed: int
 
     def train(self, name: str, estimator: Estimator, progress: Callable[[], None]) -> Curve:
@@ -77,11 +77,11 @@ class Plan:
         params = meta["params"]
         optimizer = torch.optim.Adam(params.values(), lr=self.meta_lr)
         sampler = self.subject.sampler("train", torch.float32)
-        curve = Curve(name, params=params)
-        seconds = 0.0
+        points, losses, seconds = [], [], 0.0
+        stops = {round(part * self.iterations / POINTS) for part in range(POINTS)}
         for iteration in range(self.iterations):
-            if iteration in self._stops():
-                curve.points.append(Point(iteration, self.validate(params)))
+            if iteration in stops:
+                points.append(Point(iteration, self.validate(params, self.steps)))
             began = time.perf_counter()
             optimizer.zero_grad()
             batch = sampler.sample_batch(rng.fold(self.seed, 10, iteration), self.tasks)
@@ -89,15 +89,14 @@ class Plan:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             seconds += time.perf_counter() - began
-            curve.losses.append(loss.item())
+            losses.append(loss.item())
             progress()
-        curve.points.append(Point(self.iterations, self.validate(params)))
-        curve.seconds_per_iteration = seconds / self.iterations
-        return curve
+        points.append(Point(self.iterations, self.validate(params, self.steps)))
+        return Curve(name, params, points, losses, seconds / self.iterations)
 
-    def validate(self, params: Params) -> Mean:
+    def validate(self, params: Params, steps: int) -> Mean:
         """The score on the validation tasks, always the same."""
-        return mean(self.scores(params, "validation", self.validation_tasks, self.steps))
+        return mean(self.scores(params, "validation", VALIDATION_TASKS, steps))
 
     def scores(self, params: Params, split: str, tasks: int, steps: int) -> Tensor:
         """The score after adaptation on each of some tasks of a split: [tasks]."""
@@ -122,11 +121,7 @@ class Plan:
             state = unroll_batch(problem, meta, tasks, steps=steps, strategy="vmap").state
             return over_tasks(judge)(state, tasks.query)  # type: ignore[no-any-return]
 
-    def _stops(self) -> set[int]:
-        return {round(part * self.iterations / POINTS) for part in range(POINTS)}
-
 
 def mean(scores: Tensor) -> Mean:
     """The mean with its interval."""
-    margin = 1.96 * scores.std().item() / math.sqrt(len(scores)) if len(scores) > 1 else math.inf
-    return Mean(scores.mean().item(), margin)
+    return Mean(scores.mean().item(), 1.96 * scores.std().item() / math.sqrt(len(scores)))

@@ -86,7 +86,7 @@ class Candidate:
         except UnreachedLeafError as error:
             constant = self.constant.union(error.leaves)
         except DetachedError:
-            if counted.attached:
+            if not counted.constant_after(setting.steps):
                 raise
             constant = frozenset(setting.learned)
         return replace(self, constant=constant).reached(setting)

@@ -22,7 +22,7 @@ class Counted:
 
     def __init__(self, problem: Problem) -> None:
         self.evaluations = 0
-        self.attached = False
+        self._attached = False
         judge = problem.meta_loss
 
         def step(meta: Any, state: Any, batch: Any, seed: int) -> Any:
@@ -39,9 +39,14 @@ class Counted:
 
         self.problem = Problem(problem.init, step, None if judge is None else meta_loss)
 
+    def constant_after(self, steps: int) -> bool:
+        """Whether so many steps and the meta-loss were evaluated, and no meta-loss carried a graph."""
+        complete = self.evaluations == steps + (self.problem.meta_loss is not None)
+        return complete and not self._attached
+
     def _note(self, loss: Any) -> None:
         self.evaluations += 1
-        self.attached |= isinstance(loss, Tensor) and loss.requires_grad
+        self._attached |= isinstance(loss, Tensor) and loss.requires_grad
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

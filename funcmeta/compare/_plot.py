@@ -1,17 +1,14 @@
 """The picture of a comparison."""
 
-from __future__ import annotations
-
+import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from funcmeta._errors import MissingExtraError
 from funcmeta.compare._files import written
+from funcmeta.compare._rows import LeafRow, Row
 from funcmeta.compare._table import bytes_text, leaf_label, time_text
-
-if TYPE_CHECKING:
-    from funcmeta.compare._comparison import Comparison, LeafRow
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """One an estimator, in order; the palette of Okabe and Ito, which the colour-blind can tell apart."""
@@ -37,12 +34,12 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def draw(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+def draw(rows: Sequence[Row], leaves: Sequence[LeafRow], reference: str, path: str | os.PathLike[str]) -> None:
     """Agreement by leaf above, cost below."""
     picture = figure(12, 7)
     grid = picture.add_gridspec(2, 2, height_ratios=(3, 1.3))
-    draw_agreement([picture.add_subplot(cell) for cell in (grid[0, 0], grid[0, 1])], comparison)
-    draw_cost([picture.add_subplot(cell) for cell in (grid[1, 0], grid[1, 1])], comparison)
+    draw_agreement([picture.add_subplot(cell) for cell in (grid[0, 0], grid[0, 1])], leaves, reference)
+    draw_cost([picture.add_subplot(cell) for cell in (grid[1, 0], grid[1, 1])], rows)
     save(picture, path)
 
 
@@ -53,13 +50,13 @@ def save(picture: Any, path: str | os.PathLike[str]) -> None:
         picture.savefig(file, format=kind, dpi=100)
 
 
-def draw_agreement(axes: Sequence[Any], comparison: Comparison) -> None:
+def draw_agreement(axes: Sequence[Any], leaves: Sequence[LeafRow], reference: str) -> None:
     """Cosine, and norm ratio, of the largest leaves and of all together over the inner steps."""
-    others = [row.name for row in comparison.rows if row.name != comparison.reference] or [comparison.reference]
-    shades = _shades(comparison.leaves)
+    others = [name for name in dict.fromkeys(row.name for row in leaves) if name != reference] or [reference]
+    shades = _shades(leaves)
     for name, style in zip(others, STYLES * len(others), strict=False):
         for leaf, color in shades.items():
-            points = [row for row in comparison.leaves if row.name == name and row.leaf == leaf]
+            points = [row for row in leaves if row.name == name and row.leaf == leaf]
             steps = [row.steps for row in points]
             look = {"color": color, "linestyle": style, "marker": "o", "markersize": 4}
             look |= {"linewidth": 3.0, "zorder": 3} if leaf == "meta" else {"linewidth": 1.5}
@@ -68,25 +65,26 @@ def draw_agreement(axes: Sequence[Any], comparison: Comparison) -> None:
             axes[1].plot(steps, [row.norm_ratio for row in points], label=label, **look)
     whom = f"{others[0]} and" if len(others) == 1 else "each estimator and"
     for panel, title in zip(axes, ("Direction: cosine of", "Size: norm ratio of"), strict=True):
-        panel.set_title(f"{title} {whom} {comparison.reference}", fontsize=11)
+        panel.set_title(f"{title} {whom} {reference}", fontsize=11)
         panel.set_xlabel("inner steps differentiated")
-        panel.set_xticks(sorted({row.steps for row in comparison.leaves}))
+        panel.set_xticks(sorted({row.steps for row in leaves}))
         panel.axhline(1.0, color="0.5", linewidth=1, zorder=1)
         panel.grid(alpha=0.25)
     axes[0].set_ylabel("cosine (1: same direction)")
     axes[1].set_ylabel("norm ratio (1: same size)")
-    ratios = [row.norm_ratio for row in comparison.leaves if row.leaf in shades and row.name in others]
-    if 0 < WIDE * min(ratios) < max(ratios):
+    shown = [row for row in leaves if row.leaf in shades and row.name in others]
+    ratios = [row.norm_ratio for row in shown if math.isfinite(row.norm_ratio)]
+    if 0 < WIDE * min(ratios, default=0) < max(ratios, default=0):
         axes[1].set_yscale("log")
     axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
 
 
-def draw_cost(axes: Sequence[Any], comparison: Comparison) -> None:
+def draw_cost(axes: Sequence[Any], rows: Sequence[Row]) -> None:
     """Time and memory of one meta-gradient, a bar an estimator."""
-    names = [row.name for row in comparison.rows]
+    names = [row.name for row in rows]
     colors = [COLORS[index % len(COLORS)] for index in range(len(names))]
-    seconds = [row.seconds for row in comparison.rows]
-    peaks = [float(row.peak_bytes) for row in comparison.rows]
+    seconds = [row.seconds for row in rows]
+    peaks = [float(row.peak_bytes) for row in rows]
     for panel, title, values, text in (
         (axes[0], "Time of one meta-gradient", seconds, time_text),
         (axes[1], "Memory it needs at its peak", peaks, bytes_text),

@@ -1,13 +1,9 @@
 """A comparison in words and numbers, for a terminal of any kind."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from funcmeta.compare._comparison import Comparison, Row
+from funcmeta.compare._rows import Row
 
 MEASURES = (
     *("loss", "cosine", "norm ratio", "relative error", "worst leaf", "its cosine"),
@@ -33,38 +29,30 @@ def figures(row: Row) -> tuple[str, ...]:
     )
 
 
-def lines(comparison: Comparison) -> list[tuple[str, ...]]:
+def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The table, its head first."""
-    names, columns = zip(*[(row.name, figures(row)) for row in comparison.rows], strict=True)
+    names, columns = zip(*[(row.name, figures(row)) for row in rows], strict=True)
     return [("", *names), *zip(MEASURES, *columns, strict=True)]
 
 
-def headline(comparison: Comparison) -> str:
-    """What was compared, in two lines."""
-    steps = "1 inner step" if comparison.steps == 1 else f"{comparison.steps} inner steps"
-    return (
-        f"Meta-gradients after {steps}, {comparison.dtype} on {comparison.device}, against '{comparison.reference}'.\n"
-        f"Finite differences: {comparison.directions} random direction"
-        f"{'s' if comparison.directions > 1 else ''}, themselves uncertain by {comparison.fd_spread:.0e}."
-    )
-
-
-def notes(comparison: Comparison) -> list[str]:
+def notes(rows: Sequence[Row]) -> list[str]:
     """What has to be said beside the numbers: the leaves that an estimator does not reach."""
     return [
         f"'{row.name}' gives no gradient to {', '.join(row.unreached)}: constant for it, gradient 0."
-        for row in comparison.rows
+        for row in rows
         if row.unreached
     ]
 
 
-def table(comparison: Comparison) -> str:
-    """The headline, the aligned columns and the notes."""
-    rows = lines(comparison)
-    widths = [max(len(text) for text in column) for column in zip(*rows, strict=True)]
-    padded = [[text.rjust(width) for text, width in zip(row, widths, strict=True)] for row in rows]
-    aligned = ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]
-    return "\n".join([headline(comparison), "", *aligned, *notes(comparison)])
+def table(rows: Sequence[Row]) -> list[str]:
+    """The lines with their columns aligned."""
+    texts = lines(rows)
+    widths = [max(len(text) for text in column) for column in zip(*texts, strict=True)]
+    columns = [
+        [f"{text:{'>' if index else '<'}{width}}" for text in column]
+        for index, (width, column) in enumerate(zip(widths, zip(*texts, strict=True), strict=True))
+    ]
+    return ["  ".join(line) for line in zip(*columns, strict=True)]
 
 
 def leaf_label(leaf: str) -> str:
@@ -79,13 +67,13 @@ def time_text(seconds: float) -> str:
 
 def bytes_text(count: float) -> str:
     """A number of bytes with its unit (powers of 1000), to three digits."""
-    return _scaled(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)))
+    return _scaled(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))) if count >= 1000 else f"{count:.0f} B"
 
 
 def _scaled(value: float, units: Sequence[tuple[str, float]]) -> str:
     unit, scale = next((each for each in units if value >= each[1]), units[-1])
     number = value / scale
-    return f"{number:.{0 if number >= 100 or scale == value == 0 else 1 if number >= 10 else 2}f} {unit}"
+    return f"{number:.{0 if number >= 100 else 1 if number >= 10 else 2}f} {unit}"
 
 
 def _fixed(value: float) -> str:
