@@ -6,7 +6,6 @@ block at once is what that block prints; in it, ``...`` stands for anything.
 
 import contextlib
 import doctest
-import importlib.util
 import io
 import re
 import shlex
@@ -110,8 +109,6 @@ def test_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("path", PAGES, ids=identity)
 def test_command_lines_parse(path: Path) -> None:
     found = commands(path.read_text(encoding="utf-8"))
-    if not importlib.util.find_spec("funcmeta.cli"):
-        pytest.skip("there is no command line yet")
     for arguments in found:
         parse(arguments)
 
@@ -120,9 +117,9 @@ def parse(arguments: list[str]) -> None:
     """Let the command line read its arguments, without running the command."""
     import typer.main
 
-    from funcmeta import cli
+    from funcmeta.cli._app import app
 
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = typer.main.get_command(app)
     context = command.make_context("funcmeta", list(arguments))
     if hasattr(command, "resolve_command"):
         rest = [*context._protected_args, *context.args]
