@@ -18,7 +18,7 @@ from funcmeta.cli._training import Curve, Mean
 from funcmeta.compare import Comparison
 from funcmeta.compare._files import written
 from funcmeta.compare._plot import COLORS, draw_agreement, draw_cost, figure, save
-from funcmeta.compare._table import lines, notes, time_text
+from funcmeta.compare._table import lines, time_text
 
 
 class Trial(NamedTuple):
@@ -57,22 +57,21 @@ class Report:
         for row in rows:
             table.add_row(*row)
         console.print(table)
-        for note in notes(self.comparison.rows):
-            console.print(note, highlight=False)
         if self.training:
             console.print(self._tests(self.training))
 
     @property
     def title(self) -> str:
         """What was compared on what, in one line."""
-        return f"{self.subject.title}, {self.options.steps} inner steps of SGD at {self.options.lr:g}"
+        steps = f"{self.options.steps} inner step{'s' if self.options.steps > 1 else ''}"
+        return f"{self.subject.title}, {steps} of SGD at {self.options.lr:g}"
 
     def save(self, folder: Path) -> None:
         """Write ``compare.png`` and ``compare.json`` into the folder, each whole or not at all."""
-        picture = self._picture()
+        text, picture = json.dumps(self.to_dict(), indent=1, allow_nan=False), self._picture()
         save(picture, folder / "compare.png")
         with written(folder / "compare.json") as file:
-            file.write(json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
+            file.write(text.encode())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as dicts, lists, strings and numbers."""
