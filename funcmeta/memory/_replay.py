@@ -1,6 +1,7 @@
 """A run of steps without a graph that is run again, with one, when its derivative is needed."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ class _Run:
         """Take the steps without a graph."""
         meta, state = self._inputs.rebuilt(tensors)
         self._needed = needed
+        self._autocast = _autocast_state(tensors)
         step = self._probing if any(needed) and self._start == self.use.start else self._step
         path = advance(step, meta, state, self._start, self._stop)
         parts = _Parts.of((path.state, path.share))
@@ -120,7 +122,10 @@ class _Run:
     def again(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Take the steps with their graph, and raise if they differ from the first time."""
         meta, state = self._inputs.rebuilt(tensors)
-        path = advance(self._step, meta, state, self._start, self._stop)
+        with ExitStack() as stack:
+            for options in self._autocast:
+                stack.enter_context(torch.autocast(**options))
+            path = advance(self._step, meta, state, self._start, self._stop)
         self._check_same_losses(path.losses)
         results = _Parts.of((path.state, path.share)).tensors
         check_declared(results, tensors, self._step)
@@ -155,6 +160,14 @@ class _Run:
                 f"{before[index].tolist()}. Make batches, loss and model functions of (step, seed) alone: no "
                 f"iterators, no generators, no counters outside the state. Or use StoreAll()."
             )
+
+
+def _autocast_state(tensors: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """What to hand to ``torch.autocast``, for each kind of device, to have it as it is now."""
+    return [
+        {"device_type": kind, "enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+        for kind in {tensor.device.type for tensor in tensors}
+    ]
 
 
 class _Replay(torch.autograd.Function):

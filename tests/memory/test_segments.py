@@ -262,6 +262,20 @@ def test_segments_keep_states_and_no_graph(length: int) -> None:
     assert saved_bytes(fm.StoreAll(), 20) > 4 * saved_bytes(fm.StoreAll(), 1)
 
 
+def test_the_replay_casts_as_the_first_run_did() -> None:
+    """The loss is computed under autocast, its backward pass runs outside."""
+    net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+    problem = fm.inner_problem(net, mse, optimizer=optim.sgd(0.5))
+    batch = torch.randn(5, 3), torch.randn(5, 2)
+    case, slopes = Setting(problem, {"params": fm.init_params(net)}, fm.Task(batch, batch)), []
+    for memory in (fm.StoreAll(), fm.Segments(2)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(case, memory)
+        slopes.append(list(torch.autograd.grad(loss, wanted(case.meta))))
+        assert not torch.is_autocast_enabled("cpu")
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-6)
+
+
 # ---- after an exception
 
 
