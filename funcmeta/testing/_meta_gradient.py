@@ -95,7 +95,7 @@ def check_meta_grad(
     Raises:
         MetaGradientMismatch: an error exceeds the tolerance; the message names leaves and figures.
         VacuousCheckError: all errors are small, but so are those of the first-order meta-gradient.
-        StructureError: a leaf that requires grad is not float64, or the meta-loss is not.
+        StructureError: a leaf is no tensor, or one that requires grad is not float64, or the meta-loss is not.
         ArgumentError: no leaf requires grad, or ``directions`` or ``tolerance`` is not positive.
 
     Examples:
@@ -114,6 +114,7 @@ def check_meta_grad(
         first-order control is this library's.
     """
     _check_arguments(directions, tolerance)
+    tree.check_tensors(meta, name="meta")
 
     def run(meta: Meta, estimator: Estimator, memory: Memory) -> Tensor:
         if strategy is None:
@@ -129,10 +130,8 @@ def check_meta_grad(
     _check_double(wanted)
 
     def loss_of(leaves: Leaves, estimator: Estimator = Reverse(), memory: Memory = StoreAll()) -> Tensor:  # noqa: B008
-        constants = zip(names, every, strict=True)
-        return run(
-            tree.unflatten([leaves.get(name, leaf.detach()) for name, leaf in constants], spec), estimator, memory
-        )
+        filled = [leaves.get(name, leaf.detach()) for name, leaf in zip(names, every, strict=True)]
+        return run(tree.unflatten(filled, spec), estimator, memory)
 
     loss, gradient = _gradient(lambda leaves: loss_of(leaves, estimator, memory), wanted)
     if loss.dtype != torch.float64:
@@ -180,8 +179,8 @@ def _is_vacuous(found: tuple[Probe, ...], loss_of: Callable[..., Tensor], leaves
     """Whether the first-order gradient passes; where there is none, whether every derivative drowns in rounding."""
     zero = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     reached = dict(leaves)
-    control: dict[str, Tensor] = zero
-    while reached:
+    control = zero
+    while True:
         try:
             control = {**zero, **_gradient(lambda some: loss_of(some, FirstOrder()), reached)[1]}
             break

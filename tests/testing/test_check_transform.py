@@ -108,6 +108,13 @@ def test_a_finished_transform_passes() -> None:
     assert not any("hypers" in each.leaf for each in found)
 
 
+def test_a_state_may_hold_what_is_no_tensor() -> None:
+    transform = Transform(
+        lambda params: {"warm": False}, lambda grads, state, params: (fm.tree.map(torch.neg, grads), {"warm": True})
+    )
+    check_transform(transform, PARAMS)
+
+
 def test_hyper_parameters_with_the_shapes_of_the_parameters() -> None:
     rates = fm.tree.map(lambda leaf: 0.1 + 0.01 * leaf, PARAMS)
     check_transform(optim.sgd, PARAMS, hypers=rates, edges=False)

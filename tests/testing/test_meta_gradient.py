@@ -204,6 +204,8 @@ def test_a_leaf_without_a_first_order_gradient_tells_the_orders_apart() -> None:
     assert check_meta_grad(problem, meta, task, steps=2, allow_vacuous=True).vacuous
     meta["weight"].requires_grad_()
     assert not check_meta_grad(problem, meta, task, steps=2).vacuous
+    meta["w"] = meta["w"].detach()
+    assert not check_meta_grad(problem, meta, task, steps=2).vacuous
 
 
 def test_steps_without_an_inner_gradient_are_told_from_zero() -> None:
@@ -252,6 +254,12 @@ def test_a_leaf_of_single_precision() -> None:
     meta["lr"] = torch.tensor(0.1, requires_grad=True)
     with pytest.raises(fm.StructureError, match=r"meta\['lr'\] is float32\[\] on cpu, expected float64.*\.double\(\)"):
         check_meta_grad(problem, meta, task, steps=1)
+
+
+def test_a_leaf_that_is_no_tensor() -> None:
+    problem, meta, task = case()
+    with pytest.raises(fm.StructureError, match=r"meta\['lr'\] is 0\.1 \(float\), expected a tensor\. Wrap"):
+        check_meta_grad(problem, {**meta, "lr": 0.1}, task, steps=1)
 
 
 def test_a_meta_loss_of_single_precision() -> None:
