@@ -361,8 +361,9 @@ def test_keyword_inputs_reach_forward() -> None:
 
 
 @pytest.mark.parametrize("fail", [False, True], ids=["returns", "raises"])
-def test_backend_flags_hold_for_the_call_only(fail: bool) -> None:
+def test_backend_flags_hold_for_the_call_only(fail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inside, attention takes its MATH backend and recurrent layers neither cuDNN nor oneDNN."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
     net = Flags()
     model, params, buffers = fm.functionalize(net)
     before = flags()
@@ -376,17 +377,13 @@ def test_backend_flags_hold_for_the_call_only(fail: bool) -> None:
     assert flags() == before
 
 
-def test_flags_that_the_user_set_are_put_back() -> None:
+def test_flags_that_the_user_set_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, params, buffers = fm.functionalize(Flags())
-    chosen = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    try:
-        with torch.backends.cudnn.flags(enabled=False):
-            before = flags()
-            model(params, buffers, torch.ones(1, 1, 2))
-            assert flags() == before
-    finally:
-        torch.backends.mkldnn.enabled = chosen
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with torch.backends.cudnn.flags(enabled=False):
+        before = flags()
+        model(params, buffers, torch.ones(1, 1, 2))
+        assert flags() == before
 
 
 # ---- refused modules

@@ -196,3 +196,6 @@ def test_draws_of_the_loss_follow_the_seed_of_the_step() -> None:
     first, second, third = drawn[:4], drawn[4:8], drawn[8:]
     assert first == second
     assert len({*first, *third}) == 8
+    fm.unroll(problem, {}, data, steps=2, seed=7)
+    assert drawn[12:14] == first[:2]
+    assert drawn[14] not in first
