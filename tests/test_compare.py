@@ -16,6 +16,7 @@ from funcmeta.compare import Comparison, LeafRow, Row
 from funcmeta.compare._agreement import agreement
 from funcmeta.compare._files import written
 from funcmeta.compare._measure import LiveBytes, median_seconds, peak_bytes
+from funcmeta.compare._plot import draw_agreement, figure
 from funcmeta.compare._table import bytes_text, leaf_label, table, time_text
 
 measure = sys.modules["funcmeta.compare._measure"]
@@ -256,6 +257,20 @@ def test_a_graph_that_is_cut_by_compilation_is_not_taken_for_an_unreached_leaf()
         fm.compare(quadratic(inner), scalar(), NOTHING, steps=1, estimators=estimators)
 
 
+def test_the_seed_is_that_of_the_unroll() -> None:
+    def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+        return (predict(batch) ** 2).mean()
+
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 1)).double()
+    problem = fm.inner_problem(net, loss, optimizer=fm.optim.sgd(0.1))
+    meta, x = {"params": fm.init_params(net)}, torch.ones(4, 8, dtype=torch.float64)
+    for seed in (3, 4):
+        comparison = fm.compare(problem, meta, fm.Task(x, x), steps=2, seed=seed)
+        expected = fm.unroll(problem, meta, fm.Task(x, x), steps=2, seed=seed).loss.item()
+        assert [row.loss for row in comparison.rows] == [expected, expected]
+        assert comparison.rows[0].fd_error < 1e-6
+
+
 # ---- what is not touched
 
 
@@ -412,10 +427,9 @@ def test_a_picture_is_drawn(estimators: Any, tmp_path: Path) -> None:
 
 
 def test_sizes_far_apart_are_drawn_on_a_logarithmic_axis(tmp_path: Path) -> None:
-    plot = sys.modules["funcmeta.compare._plot"]
     leaves = [LeafRow(name, "meta", 1, steps, 1.0, 10.0**-steps) for name in ("a", "b") for steps in (1, 2, 3)]
-    axes = plot.figure(4, 3).subplots(1, 2)
-    plot.draw_agreement(axes, leaves, "a")
+    axes = figure(4, 3).subplots(1, 2)
+    draw_agreement(axes, leaves, "a")
     assert [axis.get_yscale() for axis in axes] == ["linear", "log"]
     toy().plot(tmp_path / "picture.svg")
     assert b"<svg" in (tmp_path / "picture.svg").read_bytes()

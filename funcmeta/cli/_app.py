@@ -41,7 +41,7 @@ def compare(
     meta_lr: Annotated[float, typer.Option(help="Outer learning rate (Adam).")] = 0.01,
     tasks: Annotated[int, typer.Option(min=1, help="Tasks a meta-batch.")] = 4,
     iterations: Annotated[int, typer.Option(min=0, help="Meta-training iterations of each estimator; 0: none.")] = 60,
-    test_tasks: Annotated[int, typer.Option(min=2, help="Held-out tasks for the final test.")] = 100,
+    test_tasks: Annotated[int, typer.Option(min=2, help="Held-out tasks for the final test.")] = 80,
     size: Annotated[int, typer.Option(min=1, help="Pixels a side of an image.")] = 16,
     filters: Annotated[int, typer.Option(min=1, help="Channels of each block of conv4.")] = 32,
     dtype: Annotated[Precision, typer.Option(help="Of the comparison; meta-training is in float32.")] = (
@@ -63,6 +63,5 @@ def compare(
     except FuncmetaError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
-    console.print(
-        f"Wrote {out / 'compare.png'} and {out / 'compare.json'} after {report.seconds:.0f} s.", highlight=False
-    )
+    written = f"Wrote {out / 'compare.png'} and {out / 'compare.json'} after {report.seconds:.0f} s."
+    console.print(written, highlight=False, soft_wrap=True)
