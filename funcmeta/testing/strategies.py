@@ -222,8 +222,8 @@ def problems(*, tasks: int | None = None, optimizer: SearchStrategy[Optimizer] |
         optimizer: a strategy for the inner optimizer; default ``optimizers()``.
 
     Returns:
-        A strategy for ``Case``; the meta-loss may have shares of the steps, the inner loss may pull towards the initial
-        parameters, the support may depend on the step.
+        A strategy for ``Case``; the meta-loss may have shares of the steps, the inner loss may read ``meta``, and the
+        support may depend on the step.
 
     Raises:
         MissingExtraError: Hypothesis is not installed.
@@ -247,19 +247,16 @@ class _Training:
     judge: SmoothLoss
     optimizer: Optimizer
     shares: bool
-    anchored: bool
+    coupled: bool
 
     def init(self, meta: Meta, task: Task, seed: int) -> InnerState:
         state = self.optimizer.build(meta["hypers"]).init(meta["params"])
         return InnerState(meta["params"], {}, state, torch.zeros((), dtype=torch.int64))
 
     def inner_loss(self, meta: Meta, params: Tree, batch: Tensor) -> Tensor:
-        """The loss, and when anchored a pull towards the initial parameters, too weak to turn a gradient around."""
+        """The loss; when coupled with a term of the initial parameters, too small to turn a gradient around."""
         loss = self.loss(params, batch)
-        if not self.anchored:
-            return loss
-        away = tree.map(torch.sub, params, meta["params"])
-        return loss + 0.05 * tree.dot(away, away)
+        return loss + 0.05 * tree.dot(params, meta["params"]) if self.coupled else loss
 
     def step(self, meta: Meta, state: InnerState, batch: Tensor, seed: int) -> tuple[InnerState, StepInfo]:
         loss, grads = value_and_grad(lambda params: self.inner_loss(meta, params, batch))(state.params)
