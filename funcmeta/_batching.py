@@ -11,15 +11,16 @@ from funcmeta._errors import StructureError
 from funcmeta._typing import Tree
 
 
-def over_tasks(fn: Callable[..., Tree]) -> Callable[..., Tree]:
+def over_tasks(fn: Callable[..., Tree], tasks: int) -> Callable[..., Tree]:
     """``torch.func.vmap`` over every tensor of the arguments; what is not a tensor is the same for all tasks."""
+    each = torch.arange(tasks)  # so that there is something to map over when no argument is a tensor
 
     def mapped(*arguments: Tree) -> Tree:
         leaves, spec = tree.flatten(arguments)
         where = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         made: list[Any] = []
 
-        def one(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def one(_: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             mine = list(leaves)
             for index, tensor in zip(where, tensors, strict=True):
                 mine[index] = tensor
@@ -27,7 +28,7 @@ def over_tasks(fn: Callable[..., Tree]) -> Callable[..., Tree]:
             made[:] = [results, made_spec]
             return tuple(leaf for leaf in results if isinstance(leaf, Tensor))
 
-        batched = iter(torch.func.vmap(one, randomness="different")(*[leaves[index] for index in where]))
+        batched = iter(torch.func.vmap(one, randomness="different")(each, *[leaves[index] for index in where]))
         results, made_spec = made
         return tree.unflatten([next(batched) if isinstance(leaf, Tensor) else leaf for leaf in results], made_spec)
 

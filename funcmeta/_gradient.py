@@ -141,7 +141,7 @@ def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> G
         other[:] = [leaves, spec]
         return value, _tensors(leaves)
 
-    value, pull_back, tensors = torch.func.vjp(tensors_only, params, has_aux=True)
+    value, pull_back, tensors = torch.func.vjp(tensors_only, params, has_aux=True)  # type: ignore[misc]
     with torch.set_grad_enabled(differentiable):
         (grads,) = pull_back(torch.ones_like(value))
     leaves, spec = other

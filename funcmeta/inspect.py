@@ -160,7 +160,8 @@ class _Subject:
             exact = self._second(self._params)
         except (RuntimeError, NotImplementedError) as error:
             return Finding(name, "fails", _first_line(error), "Reverse() needs double backward only")
-        if _distance(forward, exact) > 1e-3:
+        rounding = 1e-3 * float(tree.norm(self._first(self._params)))
+        if _distance(forward, exact, floor=rounding) > 1e-3:
             return Finding(name, "fails", "differs from double backward", "trust Reverse() after check_meta_grad only")
         return Finding(name, "works", "agrees with double backward", "")
 
@@ -264,9 +265,9 @@ def _floating(out: Any) -> list[Tensor]:
     return found
 
 
-def _distance(left: Any, right: Any) -> float:
-    """Relative Euclidean distance of two trees; 0 when both vanish."""
-    size = max(float(tree.norm(left)), float(tree.norm(right)))
+def _distance(left: Any, right: Any, floor: float = 0.0) -> float:
+    """Euclidean distance of two trees relative to their size, or to ``floor`` if that is more; 0 when both vanish."""
+    size = max(float(tree.norm(left)), float(tree.norm(right)), floor)
     return float(tree.norm(tree.map(torch.sub, left, right))) / size if size else 0.0
 
 

@@ -1,5 +1,6 @@
 """Run the inner training and return a meta-loss that carries its meta-gradient."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -186,13 +187,17 @@ def _bind(
     problem: Problem, task: Task, carry: Carry | None, start: int, stop: int, seed: int, tasks: int | None
 ) -> Primal:
     """The problem on this task: seeds, batches and the task dimension filled in, every result checked."""
-    over = (lambda fn: fn) if tasks is None else over_tasks
+    over = (lambda fn: fn) if tasks is None else partial(over_tasks, tasks=tasks)
     shape = () if tasks is None else (tasks,)
 
     def init(meta: Meta) -> Any:
         if carry is not None:
             return carry.state
-        return over(lambda task: problem.init(meta, task, rng.fold(seed, 0)))(task)
+
+        def one(support: Any, query: Any) -> Any:
+            return problem.init(meta, Task(support, query, task.spec), rng.fold(seed, 0))
+
+        return over(one)(task.support, task.query)
 
     def step(meta: Meta, state: Any, index: int) -> tuple[Any, StepInfo]:
         def one(state: Any, batch: Batch) -> tuple[Any, StepInfo]:

@@ -15,6 +15,7 @@ from funcmeta.estimators import Estimator, Reverse
 from funcmeta.memory import Memory, StoreAll
 from funcmeta.problem import Problem
 from funcmeta.tasks import Task
+from funcmeta.tasks._task import unstack
 from funcmeta.unroll import Carry, Unrolled, UnrollInfo, run
 
 Strategy = Literal["auto", "vmap", "loop"]
@@ -99,7 +100,7 @@ def _loop(
         run(
             problem,
             meta,
-            take(tasks, index),
+            unstack(tasks, index),
             steps=steps,
             estimator=estimator,
             memory=memory,
@@ -149,7 +150,7 @@ def _seconds(
             out = run(problem, meta, tasks, steps=1, estimator=estimator, seed=seed, tasks=number, trial=True)
             loss = out.loss
         else:
-            every = [take(tasks, index) for index in range(number)]
+            every = [unstack(tasks, index) for index in range(number)]
             outs = [run(problem, meta, task, steps=1, estimator=estimator, seed=seed, trial=True) for task in every]
             loss = torch.stack([out.loss for out in outs]).mean()
         wanted = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]

@@ -295,7 +295,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
         lambda: unroll(carry={"step": 0}),
         fm.ArgumentError,
         "carry is a dict, expected a Carry",
-        "Pass the carry of an earlier unroll",
+        "Pass an earlier unroll's out.carry",
     ),
     "no meta-loss at all": (
         lambda: by_hand(descend(square), judge=None),

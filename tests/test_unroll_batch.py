@@ -304,3 +304,28 @@ def test_tasks_without_a_common_dimension(tasks: fm.Task, message: str) -> None:
     problem, meta, _ = setting()
     with pytest.raises(fm.StructureError, match=message):
         fm.unroll_batch(problem, meta, tasks, steps=1)
+
+
+def noisy_start(meta: Any, task: fm.Task, seed: int) -> Any:
+    assert task.spec == SPECS or task.spec in SPECS
+    return meta["w"] * 1.0
+
+
+SPECS = (("first", 1), ("second", 2))
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_tasks_need_no_tensors_of_their_own_and_keep_their_specs(strategy: Any) -> None:
+    """Batches from a function of the step, no query, specs of text: the state alone has a task dimension."""
+
+    def step(meta: Any, w: Tensor, batch: Tensor, seed: int) -> Any:
+        loss, gradient = fm.value_and_grad(lambda w: ((w - batch) ** 2).sum())(w)
+        return w - 0.1 * gradient, fm.StepInfo(loss, loss)
+
+    problem = fm.Problem(noisy_start, step, None)
+    meta = {"w": torch.tensor(1.0, dtype=torch.float64, requires_grad=True)}
+    batches = torch.tensor([2.0, 5.0], dtype=torch.float64)
+    tasks = fm.Task(lambda index: batches + index, None, SPECS)
+    loss = fm.unroll_batch(problem, meta, tasks, steps=2, strategy=strategy).loss
+    shares = [(1 - b) ** 2 + (0.8 + 0.2 * b - (b + 1)) ** 2 for b in (2.0, 5.0)]
+    assert loss.item() == pytest.approx(sum(shares) / 2)

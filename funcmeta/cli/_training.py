@@ -119,7 +119,7 @@ class Plan:
         with torch.no_grad():
             meta = {"params": tree.detach(params)}
             state = unroll_batch(problem, meta, tasks, steps=steps, strategy="vmap").state
-            return over_tasks(judge)(state, tasks.query)  # type: ignore[no-any-return]
+            return over_tasks(judge, len(tasks.query[0]))(state, tasks.query)  # type: ignore[no-any-return]
 
 
 def mean(scores: Tensor) -> Mean:

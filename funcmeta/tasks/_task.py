@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import rng, tree
+from funcmeta._batching import take
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Batch
 from funcmeta.tasks._check import check_count
@@ -97,9 +98,9 @@ def seeds(seed: int, tasks: int) -> list[int]:
 
 
 def unstack(tasks: Task, index: int) -> Task:
-    """One task of a stack."""
-    support, query = tree.map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else leaf, tuple(tasks[:2]))
-    return Task(support, query, tasks.spec[index])
+    """One task of a stack; a function of the step becomes the function that gives this task's batches."""
+    support, query = take(tuple(tasks[:2]), index)
+    return Task(support, query, tasks.spec[index] if isinstance(tasks.spec, tuple) else tasks.spec)
 
 
 def _stack_leaves(first: Any, *rest: Any) -> Any:

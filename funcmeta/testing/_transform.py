@@ -120,7 +120,7 @@ def _check_vmap(transform: Transform, params: Tree, slopes: list[Tree], generato
     others = [_gradients(params, generator) for _ in slopes]
     inputs = [(params, slopes), (tree.map(torch.add, params, others[0]), others)]
     try:
-        batched = over_tasks(run)(*stack(inputs))
+        batched = over_tasks(run, len(inputs))(*stack(inputs))
     except RuntimeError as error:
         raise CheckError(
             f"The transform does not run under torch.func.vmap: {error} Let no value of a tensor steer Python, and "

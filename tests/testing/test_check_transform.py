@@ -135,7 +135,7 @@ def test_a_detached_hyper_parameter_is_named() -> None:
 
 
 def test_a_batch_that_is_mixed_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mixed(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def mixed(fn: Callable[..., Any], tasks: int) -> Callable[..., Any]:
         return lambda *batch: fm.tree.map(lambda leaf: leaf.flip(0), torch.func.vmap(fn)(*batch))
 
     monkeypatch.setattr("funcmeta.testing._transform.over_tasks", mixed)
