@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import rng, tree
-from funcmeta._batching import over_tasks
+from funcmeta._batching import count, over_tasks
 from funcmeta._typing import Params
 from funcmeta.algorithms import maml
 from funcmeta.cli._subject import Subject
@@ -119,7 +119,7 @@ class Plan:
         with torch.no_grad():
             meta = {"params": tree.detach(params)}
             state = unroll_batch(problem, meta, tasks, steps=steps, strategy="vmap").state
-            return over_tasks(judge, len(tasks.query[0]))(state, tasks.query)  # type: ignore[no-any-return]
+            return over_tasks(judge, count(tasks.query))(state, tasks.query)  # type: ignore[no-any-return]
 
 
 def mean(scores: Tensor) -> Mean:
