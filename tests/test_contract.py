@@ -10,7 +10,7 @@ from contract_cases import CASES, MODELS, PAIRS, TASKS, build, equals_truth
 from torch import Tensor
 
 import funcmeta as fm
-from funcmeta import _norms
+from funcmeta import _exact_layers
 from funcmeta._batching import take
 from funcmeta.testing import TOLERANCES, MetaGradientCheck, MetaGradientMismatch, check_meta_grad
 from funcmeta.testing._differences import probes
@@ -182,7 +182,7 @@ def test_the_second_derivative_equals_finite_differences(model: str, strategy: s
 @pytest.mark.parametrize("strategy", ["single", "vmap"])
 @pytest.mark.parametrize("model", ["conv batchnorm", "attention"])
 def test_fused_normalization_would_be_found_out(model: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_norms, "_EXACT", {})
+    monkeypatch.setattr(_exact_layers, "_EXACT", {})
     assert max(second_derivative_errors(model, strategy)) > 1e3 * TOLERANCES.fixed
 
 

@@ -1,13 +1,14 @@
-"""Normalization layers whose derivatives are right to every order, and recurrent layers that can be batched.
+"""Layers whose fused kernels torch differentiates wrongly, or can not batch, in elementary operations.
 
-On torch 2.13 the fused kernels of batch, layer and instance normalization give wrong numbers, without an error, in two
-cases that meta-learning meets: the third derivative (pytorch issues 186256 and 175754), which a meta-gradient that is
-differentiated again contains, and the second derivative under ``vmap`` when weight and bias are batched, as they are
-after one inner step of several tasks. Written out in elementary operations both are right, at the same speed for a
-second-order meta-gradient. Group and RMS normalization are right as they are. Weight normalization
-(``torch.nn.utils.parametrizations.weight_norm``) is wrong as early as the second derivative on a CPU, so it is written
-out as well. Recurrent layers have no batching rule, but ``torch.func.vjp`` takes them apart into operations that have
-one.
+On torch 2.13 these give wrong numbers without an error, in cases that meta-learning meets:
+
+- batch, layer and instance normalization in the third derivative (pytorch issues 186256 and 175754), which a
+  meta-gradient that is differentiated again contains; and in the second derivative under ``vmap`` when weight and bias
+  are batched, as they are after one inner step of several tasks;
+- weight normalization (``torch.nn.utils.parametrizations.weight_norm``) in the second derivative on a CPU.
+
+Recurrent layers have no batching rule, but ``torch.func.vjp`` takes them apart into operations that have one. Group and
+RMS normalization are right as they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from funcmeta._graph import inside_functorch
 
 
-class ExactNorms(TorchFunctionMode):
+class ExactLayers(TorchFunctionMode):
     """Inside this mode ``torch.nn.functional`` computes those layers by elementary operations."""
 
     def __torch_function__(

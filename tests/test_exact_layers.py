@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import funcmeta as fm
-from funcmeta._norms import ExactNorms
+from funcmeta._exact_layers import ExactLayers
 from funcmeta.testing import finite_difference
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,7 +40,7 @@ layers = pytest.mark.parametrize(("layer", "shape"), LAYERS.values(), ids=LAYERS
 
 def exactly(layer: Layer) -> Layer:
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        with ExactNorms():
+        with ExactLayers():
             return layer(x, weight, bias)
 
     return run
@@ -86,7 +86,7 @@ def test_values_and_statistics_are_those_of_torch(name: str, options: dict[str, 
     ours = copy.deepcopy(layer)
     for _ in range(3):
         x = torch.randn(shape).double() * 3 + 1
-        with ExactNorms():
+        with ExactLayers():
             got = ours(x)
         torch.testing.assert_close(got, layer(x), rtol=1e-10, atol=1e-12)
     for key, statistic in layer.named_buffers():
@@ -100,7 +100,7 @@ def test_layer_normalization_is_that_of_torch(shape: tuple[int, ...], options: d
     for tensor in layer.parameters():
         nn.init.normal_(tensor)
     x = torch.randn(4, *shape).double() * 3 + 1
-    with ExactNorms():
+    with ExactLayers():
         got = layer(x)
     torch.testing.assert_close(got, layer(x), rtol=1e-10, atol=1e-12)
 
@@ -110,7 +110,7 @@ def test_weight_normalization_is_that_of_torch(dim: int | None) -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4).double(), dim=dim)
     nn.init.uniform_(layer.parametrizations.weight.original0, 0.5, 2.0)
     x = torch.randn(5, 3).double()
-    with ExactNorms():
+    with ExactLayers():
         got = layer(x)
     torch.testing.assert_close(got, layer(x), rtol=1e-12, atol=1e-12)
 
@@ -123,7 +123,7 @@ def test_the_first_derivative_is_that_of_torch(layer: Layer, shape: tuple[int, .
 
 
 def test_outside_the_mode_torch_is_as_it_was() -> None:
-    with ExactNorms():
+    with ExactLayers():
         pass
     inputs = [each.requires_grad_() for each in arguments((5, 3))]
     assert "NativeBatchNorm" in type(batch_norm(*inputs).grad_fn).__name__
@@ -143,7 +143,7 @@ def test_second_derivatives_equal_finite_differences(layer: Layer, shape: tuple[
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_derivatives_of_weight_normalization_equal_finite_differences(dim: int) -> None:
     def layer(v: Tensor, g: Tensor) -> Tensor:
-        with ExactNorms():
+        with ExactLayers():
             return torch._weight_norm(v, g, dim)
 
     shape = {0: (4, 1), 1: (1, 3), -1: ()}[dim]
@@ -234,4 +234,4 @@ def third_is_right(name: str) -> bool:
 def test_the_fused_kernels_of_torch_are_wrong(is_right: Callable[[], bool]) -> None:
     """Why the detours exist: no error, wrong numbers. Should torch get one right, the test is skipped and says so."""
     if is_right():
-        pytest.skip(f"torch {torch.__version__} gets this right: its detour in funcmeta._norms could go")
+        pytest.skip(f"torch {torch.__version__} gets this right: its detour in funcmeta._exact_layers could go")
