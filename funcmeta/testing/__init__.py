@@ -2,7 +2,7 @@
 
 from funcmeta.testing import mutants, strategies
 from funcmeta.testing._differences import Derivative, finite_difference
-from funcmeta.testing._failures import CheckError, MetaGradientMismatch, VacuousCheckError
+from funcmeta.testing._failures import CheckError, MetaGradientMismatch, VacuousCheckWarning
 from funcmeta.testing._meta_gradient import MetaGradientCheck, check_meta_grad
 from funcmeta.testing._tolerances import TOLERANCES, Tolerances
 from funcmeta.testing._transform import check_transform
@@ -14,7 +14,7 @@ __all__ = [
     "MetaGradientCheck",
     "MetaGradientMismatch",
     "Tolerances",
-    "VacuousCheckError",
+    "VacuousCheckWarning",
     "check_meta_grad",
     "check_transform",
     "finite_difference",

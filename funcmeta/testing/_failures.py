@@ -1,4 +1,4 @@
-"""What the checks raise: assertion errors, so that a test fails with their message."""
+"""What the checks raise, assertion errors, so that a test fails with their message; and what they warn of."""
 
 from funcmeta._errors import FuncmetaError
 
@@ -25,11 +25,11 @@ class MetaGradientMismatch(CheckError):
     """
 
 
-class VacuousCheckError(CheckError):
+class VacuousCheckWarning(UserWarning):
     """A check passes, but the first-order meta-gradient would have passed it too.
 
     Examples:
-        >>> issubclass(VacuousCheckError, CheckError)
+        >>> issubclass(VacuousCheckWarning, UserWarning)
         True
 
     Source: this library.

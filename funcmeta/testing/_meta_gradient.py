@@ -1,5 +1,6 @@
 """The check of a meta-gradient against finite differences."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from funcmeta.memory import Memory, StoreAll
 from funcmeta.problem import Problem
 from funcmeta.tasks import Task
 from funcmeta.testing._differences import Derivative, Probe, probes
-from funcmeta.testing._failures import MetaGradientMismatch, VacuousCheckError
+from funcmeta.testing._failures import MetaGradientMismatch, VacuousCheckWarning
 from funcmeta.testing._tolerances import TOLERANCES
 from funcmeta.unroll import unroll
 from funcmeta.unroll_batch import Strategy, unroll_batch
@@ -85,7 +86,7 @@ def check_meta_grad(
         directions: random directions for all leaves together, and as many for each leaf.
         tolerance: the largest relative error that counts as agreement.
         order: of the differences: 2, 4 or 6 meta-losses for each direction.
-        allow_vacuous: whether to return, not to raise, where the first-order meta-gradient would pass as well.
+        allow_vacuous: whether not to warn (``VacuousCheckWarning``) where the first-order meta-gradient would pass too.
         reference: a check of the same problem, meta, task and steps, whose finite differences are used again; for
             several estimators, memories or strategies.
 
@@ -94,7 +95,6 @@ def check_meta_grad(
 
     Raises:
         MetaGradientMismatch: an error exceeds the tolerance; the message names leaves and figures.
-        VacuousCheckError: all errors are small, but so are those of the first-order meta-gradient.
         StructureError: a leaf is no tensor, or one that requires grad is not float64, or the meta-loss is not.
         ArgumentError: no leaf requires grad, or ``directions`` or ``tolerance`` is not positive.
 
@@ -159,11 +159,12 @@ def check_meta_grad(
         raise MetaGradientMismatch(_mismatch(wrong, derivatives, steps, estimator, memory, tolerance))
     vacuous = _is_vacuous(found, loss_of, wanted, tolerance)
     if vacuous and not allow_vacuous:
-        raise VacuousCheckError(
+        message = (
             f"Over {steps} steps the first-order meta-gradient agrees with finite differences within {tolerance:.1e} "
             f"too, so the check shows nothing about second order. Take more steps, a larger inner learning rate (or "
             f"eps, for Adam and its kin), or a lower tolerance; or pass allow_vacuous=True."
         )
+        warnings.warn(message, VacuousCheckWarning, stacklevel=2)
     return MetaGradientCheck(value, derivatives, vacuous, found)
 
 

@@ -12,7 +12,7 @@ from funcmeta.testing import (
     TOLERANCES,
     CheckError,
     MetaGradientMismatch,
-    VacuousCheckError,
+    VacuousCheckWarning,
     check_meta_grad,
     mutants,
 )
@@ -180,7 +180,7 @@ def test_a_check_that_shows_nothing(steps: int) -> None:
     )
     meta = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
     task = fm.Task(meta.detach(), None)
-    with pytest.raises(VacuousCheckError, match=VACUOUS.format(steps)):
+    with pytest.warns(VacuousCheckWarning, match=VACUOUS.format(steps)):
         check_meta_grad(problem, meta, task, steps=steps)
     assert check_meta_grad(problem, meta, task, steps=steps, allow_vacuous=True).vacuous
     assert not check_meta_grad(problem, meta, task, steps=2, tolerance=1e-6).vacuous
