@@ -4,7 +4,7 @@ One inner step is ``state', info = step(meta, state, batch, seed)``. The library
 compares and checks the repetition of that function.
 """
 
-from funcmeta import algorithms, estimators, memory, optim, tasks
+from funcmeta import algorithms, estimators, memory, optim, tasks, testing
 from funcmeta._errors import (
     ArgumentError,
     CapturedTensorError,
@@ -20,18 +20,47 @@ from funcmeta._errors import (
     UnreachedLeafError,
 )
 from funcmeta._gradient import value_and_grad
+from funcmeta.algorithms import anil, maml, meta_sgd, reptile
 from funcmeta.compare import Comparison, compare
 from funcmeta.estimators import FirstOrder, Reptile, Reverse
 from funcmeta.inspect import Finding, Readiness, inspect
 from funcmeta.memory import Segments, StoreAll
 from funcmeta.model import FunctionalModel, functionalize, init_params
-from funcmeta.optim import Transform, apply_updates, chain
+from funcmeta.optim import (
+    Transform,
+    adadelta,
+    adagrad,
+    adam,
+    adamax,
+    adamw,
+    add_weight_decay,
+    amsgrad,
+    apply_updates,
+    chain,
+    clip_by_global_norm,
+    clip_by_norm,
+    clip_by_value,
+    from_torch_optim_state,
+    from_torchopt,
+    lion,
+    masked,
+    nadam,
+    radam,
+    rmsprop,
+    scale,
+    schedules,
+    sgd,
+    to_torch_optim_state,
+    to_torchopt,
+)
 from funcmeta.problem import InnerState, Problem, StepInfo, inner_problem
 from funcmeta.tasks import Task
+from funcmeta.testing import TOLERANCES, check_meta_grad, check_transform, finite_difference, mutants, strategies
 from funcmeta.unroll import Carry, Unrolled, UnrollInfo, unroll
 from funcmeta.unroll_batch import unroll_batch
 
 __all__ = [
+    "TOLERANCES",
     "ArgumentError",
     "CapturedTensorError",
     "Carry",
@@ -61,18 +90,50 @@ __all__ = [
     "UnreachedLeafError",
     "UnrollInfo",
     "Unrolled",
+    "adadelta",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "add_weight_decay",
     "algorithms",
+    "amsgrad",
+    "anil",
     "apply_updates",
     "chain",
+    "check_meta_grad",
+    "check_transform",
+    "clip_by_global_norm",
+    "clip_by_norm",
+    "clip_by_value",
     "compare",
     "estimators",
+    "finite_difference",
+    "from_torch_optim_state",
+    "from_torchopt",
     "functionalize",
     "init_params",
     "inner_problem",
     "inspect",
+    "lion",
+    "maml",
+    "masked",
     "memory",
+    "meta_sgd",
+    "mutants",
+    "nadam",
     "optim",
+    "radam",
+    "reptile",
+    "rmsprop",
+    "scale",
+    "schedules",
+    "sgd",
+    "strategies",
     "tasks",
+    "testing",
+    "to_torch_optim_state",
+    "to_torchopt",
     "unroll",
     "unroll_batch",
     "value_and_grad",

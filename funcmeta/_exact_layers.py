@@ -11,7 +11,9 @@ Recurrent layers have no batching rule, but ``torch.func.vjp`` takes them apart 
 RMS normalization are right as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,8 +24,25 @@ from torch.overrides import TorchFunctionMode
 from funcmeta._graph import inside_functorch
 
 
+@contextmanager
+def exact_layers() -> Iterator[None]:
+    """Inside this block torch computes those layers by elementary operations."""
+    if _active.get():
+        yield
+        return
+    token = _active.set(True)
+    try:
+        with ExactLayers():
+            yield
+    finally:
+        _active.reset(token)
+
+
+_active: ContextVar[bool] = ContextVar("funcmeta_exact_layers", default=False)
+
+
 class ExactLayers(TorchFunctionMode):
-    """Inside this mode ``torch.nn.functional`` computes those layers by elementary operations."""
+    """The mode behind ``exact_layers``; one of them is enough."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -110,10 +129,52 @@ def _normalized(
     return out if bias is None else out + bias.reshape(shape)
 
 
+def _native_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _native_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _native_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    return _layer_norm(input, normalized_shape, weight, bias, eps)
+
+
 _EXACT: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
+    torch.batch_norm: _native_batch_norm,
+    torch.instance_norm: _native_instance_norm,
+    torch.layer_norm: _native_layer_norm,
     torch._weight_norm: _weight_norm,
     **{layer: _batchable(layer) for layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }

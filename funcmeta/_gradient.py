@@ -1,7 +1,7 @@
 """The one inner gradient: every estimator steers it, every step takes its gradients from it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -59,19 +59,19 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
     """
 
     def gradient(params: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
+        rule = _rule.get() or exact
+
         def objective(inputs: Tree) -> tuple[Tensor, Any]:
-            out = fn(inputs, *args, **kwargs)
+            with nullcontext() if rule is exact else steered(exact):  # a gradient inside the loss is part of its value
+                out = fn(inputs, *args, **kwargs)
             value, aux = out if has_aux else (out, None)
             check_loss(value, name="The inner loss")
-            if not torch.compiler.is_compiling() and not value.requires_grad:
-                raise DetachedError(
-                    "The inner loss does not depend on the parameters: it was detached, computed under no_grad, or "
-                    "never used them. Compute it from the parameters that the function receives."
-                )
+            if not torch.compiler.is_compiling():
+                _check_depends(value.requires_grad)
             return value, aux
 
         _check_params(params)
-        value, aux, grads = (_rule.get() or exact)(objective, params)
+        value, aux, grads = rule(objective, params)
         return ((value, aux) if has_aux else value), grads
 
     return gradient
@@ -119,12 +119,15 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
         inputs = tree.map(lambda leaf: alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf), params)
         value, aux = objective(inputs)
         leaves, spec = tree.flatten(inputs)
-        attached = attached and (_requires_grad(params) or bool(walk(_tensors((value, aux)), leaves).leaves))
+        results = _tensors((value, aux))
+        attached = attached and (_requires_grad(params) or bool(walk(results, leaves, everywhere=True).leaves))
         if differentiable and attached:
             check_differentiable_again(value, leaves)
-        grads = torch.autograd.grad(
-            value, leaves, create_graph=differentiable and attached, retain_graph=attached, materialize_grads=True
+        found = torch.autograd.grad(
+            value, leaves, create_graph=differentiable and attached, retain_graph=attached, allow_unused=True
         )
+    _check_depends(any(grad is not None for grad in found))
+    grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
     retire(leaves)
     if not attached:
         value, aux = tree.detach((value, aux))
@@ -137,6 +140,8 @@ def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> G
 
     def tensors_only(inputs: Tree) -> tuple[Tensor, list[Tensor]]:
         value, aux = objective(inputs)
+        if differentiable and not torch.compiler.is_compiling():
+            check_differentiable_again(value, tree.leaves(inputs))
         leaves, spec = tree.flatten(aux)
         other[:] = [leaves, spec]
         return value, _tensors(leaves)
@@ -148,6 +153,14 @@ def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> G
     following = iter(tensors)
     aux = tree.unflatten([next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
     return Gradient(value, aux, grads)
+
+
+def _check_depends(dependent: bool) -> None:
+    if not dependent:
+        raise DetachedError(
+            "The inner loss does not depend on the parameters: it was detached, computed under no_grad, or never used "
+            "them. Compute it from the parameters that the function receives."
+        )
 
 
 def _tensors(value: Tree) -> list[Tensor]:

@@ -42,8 +42,8 @@ def retire(leaves: Iterable[Tensor]) -> None:
         setattr(leaf, _RETIRED, True)
 
 
-def walk(roots: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reached:
-    """Follow the graph down from ``roots``, not beyond the tensors in ``stop``."""
+def walk(roots: Iterable[Tensor], stop: Iterable[Tensor] = (), *, everywhere: bool = False) -> Reached:
+    """Follow the graph down from ``roots``, not beyond ``stop``; with ``everywhere`` along opaque edges too."""
     bounds = {tensor.grad_fn for tensor in stop}
     ends = {id(tensor) for tensor in stop}
     seen: set[Node] = set()
@@ -56,7 +56,7 @@ def walk(roots: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> Reached:
         seen.add(node)
         if node in bounds:
             continue
-        edges = node.next_functions[getattr(node, OPAQUE_EDGES, 0) :]
+        edges = node.next_functions[0 if everywhere else getattr(node, OPAQUE_EDGES, 0) :]
         below = [each for each, _ in edges if each is not None]
         todo.extend(below)
         if not below:
@@ -74,13 +74,24 @@ def check_differentiable_again(loss: Tensor, inputs: Iterable[Tensor]) -> None:
                 "The inner loss runs a function compiled by torch.compile, whose gradient torch does not differentiate "
                 "again: the meta-gradient would be of first order. Compile nothing in the loss, or use FirstOrder()."
             )
-        function = getattr(node, "_forward_cls", None)
-        if function is not None and function.backward.__code__.co_qualname == _ONCE:
+        function = _differentiable_once(getattr(node, "_forward_cls", None))
+        if function is not None:
             raise DetachedError(
                 f"The inner loss runs {function.__name__}, an autograd.Function whose backward is marked "
                 f"once_differentiable: the meta-gradient would be of first order. Give it a differentiable backward, "
                 f"or use FirstOrder()."
             )
+
+
+def _differentiable_once(function: Any) -> Any:
+    """The autograd.Function whose backward is marked so; under ``torch.func`` a generated one refers to it."""
+    if function is None:
+        return None
+    cells = [cell.cell_contents for cell in function.backward.__closure__ or ()]
+    for each in (function, *[cell for cell in cells if isinstance(cell, type)]):
+        if each.backward.__code__.co_qualname == _ONCE:
+            return each
+    return None
 
 
 def check_declared(roots: Iterable[Tensor], declared: Iterable[Tensor], where: Any) -> Reached:

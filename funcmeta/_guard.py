@@ -1,6 +1,6 @@
 """What an unroll refuses: arguments it can not work with, and losses that do not carry what was promised."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -10,14 +10,23 @@ from funcmeta._errors import ArgumentError, DetachedError, NonFiniteError, Repla
 from funcmeta._graph import Reached, check_declared, inside_functorch
 from funcmeta._typing import Batch, Meta, Tree
 from funcmeta.estimators import Estimator
+from funcmeta.memory import Memory
 from funcmeta.memory._replay import expect_use
 from funcmeta.problem import Problem
 from funcmeta.tasks import Task
 
 
-def check_arguments(meta: Meta, task: Task, steps: int, seed: int) -> None:
+def check_arguments(meta: Meta, task: Task, steps: int, seed: int, estimator: Estimator, memory: Memory) -> None:
     """Raise unless an unroll can begin with these arguments."""
     rng.check_seed(seed)
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("An unroll takes gradients, which torch.inference_mode forbids. Use torch.no_grad() there.")
+    for name, value, method in (("estimator", estimator, "__call__"), ("memory", memory, "run")):
+        if isinstance(value, type) or not hasattr(value, method):
+            hint = (
+                f"{value.__name__}()" if isinstance(value, type) else {"estimator": "Reverse()"}.get(name, "StoreAll()")
+            )
+            raise ArgumentError(f"{name} is {value!r}, expected an object that can do the work. Pass e.g. {hint}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ArgumentError(f"steps is {steps!r}, expected an integer of 0 or more. Pass e.g. steps=5.")
     if isinstance(meta, torch.nn.Module):
@@ -25,10 +34,19 @@ def check_arguments(meta: Meta, task: Task, steps: int, seed: int) -> None:
     tree.check_tensors(meta, name="meta")
     if not isinstance(task, Task):
         raise ArgumentError(f"task is a {type(task).__name__}, expected a Task. Pass Task(support, query).")
+    for name, leaf in tree.named_leaves(task[:2], "task"):
+        name = name.replace("[0]", ".support", 1) if name.startswith("task[0]") else name.replace("[1]", ".query", 1)
+        if hasattr(leaf, "__array__") and not isinstance(leaf, Tensor):
+            raise ArgumentError(f"{name} is a {type(leaf).__name__}, expected a tensor. Convert it by torch.as_tensor.")
+        if isinstance(leaf, Iterable) and not isinstance(leaf, Tensor | str | bytes):
+            raise ArgumentError(
+                f"{name} is a {type(leaf).__name__}, expected tensors or a function of the step index. An iterator "
+                f"can not be run again: wrap the data in a function that returns the batch of a given step."
+            )
     if not callable(task.support) and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(task.support)):
         raise ArgumentError(
-            f"task.support is a {type(task.support).__name__}, expected tensors or a function of the step index. An "
-            f"iterator can not be run again: wrap the data in a function that returns the batch of a given step."
+            f"task.support is a {type(task.support).__name__}, expected tensors or a function of the step index. Pass "
+            f"the batch of every step, or a function that returns the batch of a given step."
         )
 
 
@@ -61,12 +79,14 @@ def check_finite(loss: Tensor, losses: Tensor, start: int) -> None:
         raise NonFiniteError(f"The meta-loss is {loss.item()}, though all inner losses are finite. Look at the query.")
 
 
-def check_attached(loss: Tensor, declared: Tree, problem: Problem) -> Reached:
+def check_attached(loss: Tensor, declared: Tree, problem: Problem, estimator: Estimator) -> Reached:
     """Raise when the loss is detached or depends on a tensor that was not declared; what it depends on."""
     if not loss.requires_grad:
         raise DetachedError(
-            "The meta-loss does not depend on meta: somewhere it was detached or computed under no_grad. Compute it "
-            "from the arguments `meta` and `state`."
+            f"The meta-loss does not depend on meta: somewhere it was detached or computed under no_grad, or no leaf "
+            f"of meta that requires grad has a way to it. Compute it from the arguments `meta` and `state`. "
+            f"{estimator.unreached_advice} Note that inner_problem begins at meta['params'] if there is one, and at "
+            f"the module's own parameters otherwise."
         )
     return check_declared([loss], [leaf for leaf in tree.leaves(declared) if isinstance(leaf, Tensor)], problem)
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from funcmeta import rng
 from funcmeta._errors import ArgumentError, GraphError, StructureError
-from funcmeta._exact_layers import ExactLayers
+from funcmeta._exact_layers import exact_layers
 from funcmeta._typing import Buffers, Params
 
 
@@ -87,7 +87,7 @@ class FunctionalModel:
         tensors.update({alias: tensors[name] for alias, name in self._aliases.items()})
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(ExactLayers())
+            stack.enter_context(exact_layers())
             if self._recurrent:
                 stack.enter_context(_plain_recurrence())
             if seed is not None:

@@ -101,6 +101,13 @@ class Predict:
         return out
 
 
+_START = "Pass init_params(module): its names are those of the parameters that require grad in the module."
+
+_TRANSFORM = (
+    "expected a Transform or a function from meta to one. Pass e.g. funcmeta.optim.sgd(0.1) or "
+    "lambda meta: funcmeta.optim.sgd(meta['lr'])."
+)
+
 InnerLoss = Callable[[Meta, Predict, Batch], Tensor]
 
 
@@ -167,15 +174,23 @@ def inner_problem(
         given: Params = meta["params"] if isinstance(meta, Mapping) and "params" in meta else own_params
         return given
 
+    if isinstance(optimizer, type | torch.optim.Optimizer) or not (
+        isinstance(optimizer, Transform) or callable(optimizer)
+    ):
+        raise ArgumentError(f"optimizer is {optimizer!r}, {_TRANSFORM}")
+
     def transform(meta: Meta) -> Transform:
-        return optimizer if isinstance(optimizer, Transform) else optimizer(meta)
+        made = optimizer if isinstance(optimizer, Transform) else optimizer(meta)
+        if not isinstance(made, Transform):
+            raise ArgumentError(f"optimizer(meta) returned {made!r}, {_TRANSFORM}")
+        return made
 
     def predictor(meta: Meta, params: Params, buffers: Buffers) -> Predict:
         everything = params if adapt is None else {**initial(meta), **params}
         return Predict(model, everything, buffers, train=train)
 
     def init(meta: Meta, task: Task, seed: int) -> InnerState:
-        tree.check_same(own_params, initial(meta), name="meta['params']", advice="Start from init_params(module).")
+        tree.check_same(own_params, initial(meta), name="meta['params']", advice=_START)
         params = {name: initial(meta)[name] for name in adapted}
         device = params[adapted[0]].device
         return InnerState(

@@ -45,8 +45,8 @@ def forked(seed: int) -> Iterator[None]:
     """Run a block with torch's global generators seeded with ``seed``; put their states back afterwards."""
     check_seed(seed)
     generators = [torch.default_generator]
-    if torch.cuda.is_available():
-        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        generators.extend(torch.cuda.default_generators)
     states = [each.get_state() for each in generators]
     try:
         for each in generators:

@@ -48,7 +48,7 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return unflatten([fn(*row) for row in zip(*columns, strict=True)], spec)
 
 
-def aligned(expected: Tree, got: Tree, *, name: str = "tree") -> list[Any]:
+def aligned(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "") -> list[Any]:
     """The leaves of ``got`` in the order of ``expected``; ``StructureError`` unless both have the same keys.
 
     Dicts agree when their keys do, in whatever order these were inserted.
@@ -63,7 +63,7 @@ def aligned(expected: Tree, got: Tree, *, name: str = "tree") -> list[Any]:
     if missing or unexpected:
         raise StructureError(
             f"{name} has other keys than expected: missing {_some(missing) or 'nothing'}, "
-            f"unexpected {_some(unexpected) or 'nothing'}. Pass a tree with exactly the expected keys."
+            f"unexpected {_some(unexpected) or 'nothing'}. {advice or 'Pass a tree with exactly the expected keys.'}"
         )
     return [named[path] for path in wanted]
 
@@ -71,7 +71,7 @@ def aligned(expected: Tree, got: Tree, *, name: str = "tree") -> list[Any]:
 def check_same(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "") -> None:
     """Raise ``StructureError`` unless both trees agree in keys and, leaf by leaf, in shape, dtype and device."""
     wanted = leaves(expected)
-    for index, (want, have) in enumerate(zip(wanted, aligned(expected, got, name=name), strict=True)):
+    for index, (want, have) in enumerate(zip(wanted, aligned(expected, got, name=name, advice=advice), strict=True)):
         if not isinstance(want, Tensor) or not isinstance(have, Tensor):
             same = type(want) is type(have)
         else:

@@ -1,5 +1,7 @@
 """Run the inner training and return a meta-loss that carries its meta-gradient."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ from torch import Tensor
 from funcmeta import rng, tree
 from funcmeta._batching import over_tasks
 from funcmeta._errors import ArgumentError, StructureError
+from funcmeta._exact_layers import exact_layers
 from funcmeta._gradient import check_loss
 from funcmeta._graph import alias, inside_functorch
 from funcmeta._guard import check_arguments, check_attached, check_every_leaf_used, check_finite, check_replayable
@@ -158,9 +161,8 @@ def run(
 
     A ``trial`` does not ask whether every leaf of ``meta`` is used.
     """
-    check_arguments(meta, task, steps, seed)
-    if carry is not None and not isinstance(carry, Carry):
-        raise ArgumentError(f"carry is a {type(carry).__name__}, expected a Carry. Pass an earlier unroll's out.carry.")
+    check_arguments(meta, task, steps, seed, estimator, memory)
+    check_carry(carry)
     start = carry.step if carry else 0
     if memory.replays and callable(task.support) and steps:
         check_replayable(task.support, start)
@@ -176,11 +178,17 @@ def run(
         losses = torch.stack(path.losses) if path.losses else loss.new_zeros((0,) if tasks is None else (0, tasks))
         check_finite(loss, losses, start)
         if torch.is_grad_enabled() and not inside_functorch():
-            reached = check_attached(loss, (own_meta, own_carry), problem)
+            reached = check_attached(loss, (own_meta, own_carry), problem, estimator)
             if carry is None and steps > 0 and not trial:
                 check_every_leaf_used(reached, own_meta, estimator)
     info = UnrollInfo(losses.detach(), tuple(path.aux), "single" if tasks is None else "vmap")
     return Unrolled(loss, path.state, info, Carry(tree.detach(path.state), start + steps))
+
+
+def check_carry(carry: Any) -> None:
+    """Raise unless this is a carry or None."""
+    if carry is not None and not isinstance(carry, Carry):
+        raise ArgumentError(f"carry is a {type(carry).__name__}, expected a Carry. Pass an earlier unroll's out.carry.")
 
 
 def _bind(
@@ -197,13 +205,16 @@ def _bind(
         def one(support: Any, query: Any) -> Any:
             return problem.init(meta, Task(support, query, task.spec), rng.fold(seed, 0))
 
-        return over(one)(task.support, task.query)
+        with _controlled(rng.fold(seed, 0)):
+            return over(one)(task.support, task.query)
 
     def step(meta: Meta, state: Any, index: int) -> tuple[Any, StepInfo]:
         def one(state: Any, batch: Batch) -> tuple[Any, StepInfo]:
             return problem.step(meta, state, batch, rng.fold(seed, 1, index))
 
-        following, info = _pair(over(one)(state, _batch(task.support, index)))
+        batch = _batch(task.support, index)
+        with _controlled(rng.fold(seed, 1, index)):
+            following, info = _pair(over(one)(state, batch))
         check_loss(info.loss, name=f"The inner loss of step {index}", shape=shape)
         advice = f"Step {index} changed it; let every step return the state as it came, new values apart."
         tree.check_same(state, following, name="state", advice=advice)
@@ -215,11 +226,19 @@ def _bind(
     def meta_loss(meta: Meta, state: Any) -> Tensor:
         assert problem.meta_loss is not None
         judge = problem.meta_loss
-        loss = over(lambda state, query: judge(meta, state, query, rng.fold(seed, 2, stop)))(state, task.query)
+        with _controlled(rng.fold(seed, 2, stop)):
+            loss = over(lambda state, query: judge(meta, state, query, rng.fold(seed, 2, stop)))(state, task.query)
         check_loss(loss, name="The meta-loss", shape=shape)
         return loss.mean()  # type: ignore[no-any-return]
 
     return Primal(init, step, None if problem.meta_loss is None else meta_loss, start, stop)
+
+
+@contextmanager
+def _controlled(seed: int) -> Iterator[None]:
+    """What a problem's function may lean on: draws that follow the seed, and layers with right derivatives."""
+    with rng.forked(seed), exact_layers():
+        yield
 
 
 def _requires_grad(value: Any) -> bool:

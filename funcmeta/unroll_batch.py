@@ -7,16 +7,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from funcmeta import tree
+from funcmeta import rng, tree
 from funcmeta._batching import count, stack, take
-from funcmeta._errors import ArgumentError, FuncmetaError
+from funcmeta._errors import ArgumentError, FuncmetaError, StructureError
+from funcmeta._guard import check_arguments
 from funcmeta._typing import Meta
 from funcmeta.estimators import Estimator, Reverse
 from funcmeta.memory import Memory, StoreAll
 from funcmeta.problem import Problem
 from funcmeta.tasks import Task
 from funcmeta.tasks._task import unstack
-from funcmeta.unroll import Carry, Unrolled, UnrollInfo, run
+from funcmeta.unroll import Carry, Unrolled, UnrollInfo, check_carry, run
 
 Strategy = Literal["auto", "vmap", "loop"]
 
@@ -73,9 +74,19 @@ def unroll_batch(
         raise ArgumentError(f"strategy is {strategy!r}, expected 'auto', 'vmap' or 'loop'. Pass one of them.")
     if not isinstance(tasks, Task):
         raise ArgumentError(f"tasks is a {type(tasks).__name__}, expected one Task with stacked tensors. Stack them.")
+    check_arguments(meta, tasks, steps, seed, estimator, memory)
+    check_carry(carry)
     start = carry.step if carry else 0
     first = tasks.support(start) if callable(tasks.support) else tasks.support
     number = count((first, tasks.query))
+    if isinstance(tasks.spec, tuple) and len(tasks.spec) != number:
+        raise StructureError(
+            f"tasks.spec is a tuple of {len(tasks.spec)}, but the tensors have a leading dimension of {number}: this "
+            f"looks like one task, or like tasks that were stacked by hand. Use unroll for one task; stack several by "
+            f"tasks.stack([...]) or sample_batch(seed, tasks)."
+        )
+    if strategy == "auto" and not steps:
+        strategy = "vmap"
     if strategy == "auto":
         strategy = _faster(problem, meta, tasks, first, number, estimator, seed)
     if strategy == "vmap":
@@ -104,7 +115,7 @@ def _loop(
             steps=steps,
             estimator=estimator,
             memory=memory,
-            seed=seed,
+            seed=rng.fold(seed, index),
             carry=None if carry is None else Carry(take(carry.state, index), carry.step),
         )
         for index in range(number)

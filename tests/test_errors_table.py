@@ -13,6 +13,12 @@ import funcmeta as fm
 from funcmeta import _errors, optim, rng, tasks
 
 NET = nn.Linear(2, 1)
+
+
+def summed(meta: Any, predict: Any, batch: Any) -> torch.Tensor:
+    return predict(batch[0]).sum()
+
+
 X, Y = torch.ones(4, 2), torch.zeros(4, 1)
 TASK = fm.Task((X, Y), (X, Y))
 PARAMS = {"w": torch.ones(2), "b": torch.ones(1)}
@@ -229,19 +235,19 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
         lambda: unroll(meta={**meta(), "params": {"weight": torch.ones(1, 2)}}),
         fm.StructureError,
         "missing meta['params']['bias']",
-        "Pass a tree with exactly the expected keys",
+        "Pass init_params(module)",
     ),
     "initial parameters of another shape": (
         lambda: unroll(meta={**meta(), "params": {"weight": torch.ones(1, 3), "bias": torch.ones(1)}}),
         fm.StructureError,
         "meta['params']['weight'] is float32[1, 3] on cpu, expected float32[1, 2] on cpu",
-        "Start from init_params(module)",
+        "Pass init_params(module)",
     ),
     "initial parameters of another dtype": (
         lambda: unroll(meta={**meta(), "params": fm.init_params(nn.Linear(2, 1).double())}),
         fm.StructureError,
         "is float64[1, 2] on cpu, expected float32[1, 2] on cpu",
-        "Start from init_params(module)",
+        "Pass init_params(module)",
     ),
     "a task without a query": (
         lambda: unroll(task=fm.Task((X, Y), None)),
@@ -290,6 +296,74 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
         fm.ArgumentError,
         "task.support is a list_iterator, expected tensors or a function of the step index",
         "wrap the data in a function",
+    ),
+    "a loader as query": (
+        lambda: unroll(task=fm.Task((X, Y), torch.utils.data.DataLoader([1, 2]))),
+        fm.ArgumentError,
+        "task.query is a DataLoader, expected tensors or a function of the step index",
+        "wrap the data in a function",
+    ),
+    "arrays in a batch": (
+        lambda: unroll(task=fm.Task((X, Y.numpy()), (X, Y))),
+        fm.ArgumentError,
+        "task.support[1] is a ndarray, expected a tensor",
+        "Convert it by torch.as_tensor",
+    ),
+    "a string as support": (
+        lambda: unroll(task=fm.Task("data", (X, Y))),
+        fm.ArgumentError,
+        "task.support is a str, expected tensors or a function of the step index",
+        "a function that returns the batch of a given step",
+    ),
+    "the name of an estimator": (
+        lambda: unroll(estimator="first"),
+        fm.ArgumentError,
+        "estimator is 'first', expected an object that can do the work",
+        "Pass e.g. Reverse()",
+    ),
+    "the class of an estimator": (
+        lambda: unroll(estimator=fm.FirstOrder),
+        fm.ArgumentError,
+        "expected an object that can do the work",
+        "Pass e.g. FirstOrder()",
+    ),
+    "a number as memory": (
+        lambda: unroll(memory=4),
+        fm.ArgumentError,
+        "memory is 4, expected an object that can do the work",
+        "Pass e.g. StoreAll()",
+    ),
+    "a torch optimizer": (
+        lambda: fm.inner_problem(NET, summed, optimizer=torch.optim.SGD(NET.parameters(), lr=0.1)),
+        fm.ArgumentError,
+        "expected a Transform or a function from meta to one",
+        "Pass e.g. funcmeta.optim.sgd(0.1)",
+    ),
+    "the class of a torch optimizer": (
+        lambda: fm.inner_problem(NET, summed, optimizer=torch.optim.SGD),
+        fm.ArgumentError,
+        "expected a Transform or a function from meta to one",
+        "Pass e.g. funcmeta.optim.sgd(0.1)",
+    ),
+    "a function that gives no transform": (
+        lambda: fm.unroll(
+            fm.inner_problem(NET, summed, optimizer=lambda meta: None), meta(), fm.Task((X, Y), (X, Y)), steps=1
+        ),
+        fm.ArgumentError,
+        "optimizer(meta) returned None, expected a Transform",
+        "Pass e.g. funcmeta.optim.sgd(0.1)",
+    ),
+    "inference mode": (
+        lambda: torch.inference_mode()(unroll)(),
+        fm.ArgumentError,
+        "takes gradients, which torch.inference_mode forbids",
+        "Use torch.no_grad() there",
+    ),
+    "a head that begins no name": (
+        lambda: fm.anil.build(NET, summed, head="classifier.", steps=1, lr=0.1),
+        fm.ArgumentError,
+        "head is 'classifier.', with which none of ['weight', 'bias'] begins",
+        "Pass e.g. '2.'",
     ),
     "a state as carry": (
         lambda: unroll(carry={"step": 0}),

@@ -235,3 +235,36 @@ def test_the_fused_kernels_of_torch_are_wrong(is_right: Callable[[], bool]) -> N
     """Why the detours exist: no error, wrong numbers. Should torch get one right, the test is skipped and says so."""
     if is_right():
         pytest.skip(f"torch {torch.__version__} gets this right: its detour in funcmeta._exact_layers could go")
+
+
+NATIVE: dict[str, Any] = {
+    "layer_norm": lambda x, w, b: torch.layer_norm(x, (4,), w, b),
+    "batch_norm": lambda x, w, b: torch.batch_norm(x, w, b, None, None, True, 0.1, 1e-5, False),
+    "instance_norm": lambda x, w, b: torch.instance_norm(x[None], w, b, None, None, True, 0.1, 1e-5, False)[0],
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_step_of_ones_own_gets_exact_layers_too(name: str) -> None:
+    """Neither a FunctionalModel nor torch.nn.functional is needed: vmap equals a loop, and finite differences."""
+    meta = {
+        "mix": torch.randn(4, 4, dtype=torch.float64).requires_grad_(),
+        "weight": (torch.rand(4, dtype=torch.float64) + 0.5).requires_grad_(),
+        "bias": torch.randn(4, dtype=torch.float64).requires_grad_(),
+    }
+
+    def loss(p: Any, x: Tensor) -> Tensor:
+        made = x @ p["mix"]
+        made = made if name != "instance_norm" else made.T
+        out = NATIVE[name](made, p["weight"], p["bias"])
+        return out.tanh().pow(3).sum()
+
+    def step(meta: Any, p: Any, x: Tensor, seed: int) -> Any:
+        value, grads = fm.value_and_grad(loss)(p, x)
+        return {key: p[key] - 0.1 * grads[key] for key in p}, fm.StepInfo(value)
+
+    problem = fm.Problem(lambda meta, task, seed: dict(meta), step, lambda meta, p, x, seed: loss(p, x))
+    tasks = fm.Task(torch.randn(3, 6, 4, dtype=torch.float64), torch.randn(3, 6, 4, dtype=torch.float64))
+    for strategy in ("vmap", "loop"):
+        check = fm.testing.check_meta_grad(problem, meta, tasks, steps=2, strategy=strategy)
+        assert check.worst.error < 1e-6

@@ -298,3 +298,71 @@ def test_refused_losses(where: str) -> None:
 def test_refused_parameters(params: Any, message: str) -> None:
     with pytest.raises(fm.StructureError, match=message):
         fm.value_and_grad(lambda p: (p["w"] ** 2).sum())(params)
+
+
+def test_a_parameter_that_only_the_meta_loss_uses_gets_a_plain_zero() -> None:
+    """Two heads: the support trains one, the query judges both. The zero of the other one is no tensor of a graph."""
+    heads = {"a": torch.randn(3, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64)}
+    meta = {name: leaf.requires_grad_() for name, leaf in heads.items()}
+
+    def step(meta: Any, state: Any, batch: Any, seed: int) -> Any:
+        loss, grads = fm.value_and_grad(lambda p: (p["a"].sin() ** 2).sum())(state)
+        return {name: state[name] - 0.3 * grads[name] for name in state}, fm.StepInfo(loss)
+
+    problem = fm.Problem(lambda meta, task, seed: dict(meta), step, lambda m, s, q, seed: (s["a"] * s["b"]).sum())
+    task = fm.Task(torch.zeros(1), None)
+    for memory in (fm.StoreAll(), fm.Segments(1)):
+        assert fm.testing.check_meta_grad(problem, meta, task, steps=3, memory=memory).worst.error < 1e-6
+
+
+def test_a_loss_of_something_else_that_requires_grad_is_refused() -> None:
+    """It requires grad, but not because of the parameters: training would stand still without a word."""
+    other = torch.ones(2, requires_grad=True)
+    with pytest.raises(fm.DetachedError, match="does not depend on the parameters"):
+        fm.value_and_grad(lambda p: (other**2).sum())(torch.ones(2))
+
+
+def test_a_gradient_inside_the_loss_is_part_of_its_value_under_every_estimator() -> None:
+    def penalized(a: Tensor, x: Tensor) -> Tensor:
+        loss, slope = fm.value_and_grad(lambda a: torch.cos(a * x))(a)
+        return loss + slope**2
+
+    def step(meta: Any, a: Tensor, x: Tensor, seed: int) -> Any:
+        loss, slope = fm.value_and_grad(penalized)(a, x)
+        return a - 0.1 * slope, fm.StepInfo(loss)
+
+    problem = fm.Problem(lambda meta, task, seed: meta["a"], step, lambda meta, a, x, seed: torch.cos(a * x))
+    meta = {"a": torch.tensor(1.0, dtype=torch.float64, requires_grad=True)}
+    x = torch.tensor(2.0, dtype=torch.float64)
+    exact, first = (
+        fm.unroll(problem, meta, fm.Task(x, x), steps=3, estimator=each).loss
+        for each in (fm.Reverse(), fm.FirstOrder())
+    )
+    assert exact.item() == first.item()
+    gradients = [torch.autograd.grad(loss, meta["a"])[0].item() for loss in (exact, first)]
+    assert abs(gradients[0] - gradients[1]) > 1e-3
+    assert fm.testing.check_meta_grad(problem, meta, fm.Task(x, x), steps=3).worst.error < 1e-6
+
+
+@pytest.mark.parametrize("memory", [fm.StoreAll(), fm.Segments(1), fm.Segments(2)])
+def test_an_unroll_inside_an_inner_loss_keeps_its_derivatives(memory: Any) -> None:
+    """The inner loss is the meta-loss of another training, whose learning rate is learned."""
+    rate = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    start = torch.tensor(0.7, dtype=torch.float64)
+
+    def inner_step(m: Any, w: Tensor, batch: Any, seed: int) -> Any:
+        loss, slope = fm.value_and_grad(lambda w: torch.sin(w * m["b"]))(w)
+        return w - m["rate"] * slope, fm.StepInfo(loss)
+
+    inner = fm.Problem(lambda m, t, s: m["b"] * 1.5, inner_step, lambda m, w, q, s: (w * m["b"]).cos())
+    task = fm.Task(torch.zeros(1), None)
+
+    def step(meta: Any, b: Tensor, batch: Any, seed: int) -> Any:
+        def loss_of(b: Tensor) -> Tensor:
+            return fm.unroll(inner, {"b": b, "rate": meta["rate"]}, task, steps=3, memory=memory).loss
+
+        loss, slope = fm.value_and_grad(loss_of)(b)
+        return b - 0.5 * slope, fm.StepInfo(loss)
+
+    outer = fm.Problem(lambda meta, t, s: start, step, lambda meta, b, q, s: b**2)
+    assert fm.testing.check_meta_grad(outer, {"rate": rate}, task, steps=2).worst.error < 1e-6

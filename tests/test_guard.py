@@ -460,7 +460,7 @@ def test_a_loss_that_is_not_finite_is_told_without_grad_too() -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "a new key": (lambda state: {**state, "extra": state["w"]}, r"unexpected state\['extra'\]. Pass a tree"),
+    "a new key": (lambda state: {**state, "extra": state["w"]}, r"unexpected state\['extra'\]. Step 0 changed it"),
     "a lost key": (lambda state: {"w": state["w"]}, r"missing state\['n'\]"),
     "another kind": (lambda state: list(state.values()), r"missing state\['w'\], state\['n'\]"),
     "another dtype": (
@@ -540,3 +540,53 @@ def test_states_have_no_mutable_defaults() -> None:
     for a, b, c in zip(*map(fm.tree.leaves, (first.state, second.state, kept)), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+class OnceMapped(torch.autograd.Function):
+    """A sine that vmap can run, with a backward pass that can not be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return cotangent * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_a_function_differentiable_once_is_refused_in_a_batch_too(strategy: Any) -> None:
+    net = torch.nn.Linear(2, 2)
+
+    def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+        return OnceMapped.apply(predict(batch)).sum()
+
+    problem = fm.inner_problem(net, loss, optimizer=fm.optim.sgd(0.1))
+    tasks = fm.Task(torch.randn(3, 4, 2), torch.randn(3, 4, 2))
+    with pytest.raises(fm.DetachedError, match=r"runs OnceMapped, an autograd\.Function whose backward is marked"):
+        fm.unroll_batch(problem, {"params": fm.init_params(net)}, tasks, steps=1, strategy=strategy)
+
+
+def test_meta_without_a_way_to_the_loss_under_first_order_is_told_so() -> None:
+    net = torch.nn.Linear(2, 1)
+
+    def weighted(meta: Any, predict: Any, batch: Any) -> Tensor:
+        return (meta["w"] * predict(batch).square().squeeze(-1)).sum()
+
+    def plain(meta: Any, predict: Any, batch: Any) -> Tensor:
+        return predict(batch).sum()
+
+    problem = fm.inner_problem(net, weighted, meta_loss_fn=plain, optimizer=fm.optim.sgd(0.1))
+    meta = {"w": torch.ones(4, requires_grad=True)}
+    task = fm.Task(torch.randn(4, 2), torch.randn(4, 2))
+    with pytest.raises(
+        fm.DetachedError, match=r"Under FirstOrder a way through the inner gradient(?s:.)*meta\['params'\]"
+    ):
+        fm.unroll(problem, meta, task, steps=1, estimator=fm.FirstOrder())

@@ -143,14 +143,14 @@ def test_no_steps(strategy: Any) -> None:
 
 @pytest.mark.parametrize("strategy", ["vmap", "loop"])
 def test_draws_follow_the_seed(strategy: Any) -> None:
-    """Under vmap each task draws its own; in a loop each task draws what a single one would."""
+    """Each task draws its own, under vmap and in a loop."""
     module = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.5), nn.Linear(16, 2)).double()
     problem, meta, tasks = setting(module)
     tasks = fm.tree.map(lambda leaf: leaf[:1].expand(TASKS, *leaf.shape[1:]), tuple(tasks[:2]))
     runs = [run((problem, meta, fm.Task(*tasks)), strategy, seed=seed)[0].info.losses for seed in (0, 0, 1)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
-    assert len(set(runs[0][0].tolist())) == (TASKS if strategy == "vmap" else 1)
+    assert len(set(runs[0][0].tolist())) == TASKS
 
 
 @pytest.mark.parametrize("strategy", ["vmap", "loop", "auto"])
@@ -329,3 +329,19 @@ def test_tasks_need_no_tensors_of_their_own_and_keep_their_specs(strategy: Any) 
     loss = fm.unroll_batch(problem, meta, tasks, steps=2, strategy=strategy).loss
     shares = [(1 - b) ** 2 + (0.8 + 0.2 * b - (b + 1)) ** 2 for b in (2.0, 5.0)]
     assert loss.item() == pytest.approx(sum(shares) / 2)
+
+
+def test_one_task_is_not_taken_for_many() -> None:
+    problem, meta, _ = setting()
+    task = fm.tasks.sinusoids(shots=10, queries=10).sample(seed=0)
+    with pytest.raises(fm.StructureError, match=r"a tuple of 2, but(?s:.)* 10: this looks like one task"):
+        fm.unroll_batch(problem, meta, task, steps=1)
+
+
+def test_arguments_are_checked_before_anything_runs() -> None:
+    problem, meta, tasks = setting()
+    with pytest.raises(fm.ArgumentError, match="carry is a Tensor, expected a Carry"):
+        fm.unroll_batch(problem, meta, tasks, steps=1, carry=torch.tensor(3.0))  # type: ignore[arg-type]
+    with pytest.raises(fm.ArgumentError, match="steps is -1"):
+        fm.unroll_batch(problem, meta, tasks, steps=-1)
+    assert fm.unroll_batch(problem, meta, tasks, steps=0).info.strategy == "vmap"

@@ -29,8 +29,12 @@ class MetaLoss(Protocol):
 class Adapt(Protocol):
     """What an algorithm does with one new task."""
 
-    def __call__(self, meta: Meta, task: Task, *, seed: int = 0) -> Predict:
-        """Train on ``task.support`` without a graph; the module with the adapted parameters."""
+    def __call__(self, meta: Meta, task: Task, *, seed: int = 0, evaluate: bool = False) -> Predict:
+        """Train on ``task.support`` without a graph; the module with the adapted parameters, to call on inputs.
+
+        ``evaluate`` returns it in eval mode (no dropout, BatchNorm by its running statistics), whatever the mode of
+        the training.
+        """
 
 
 class Algorithm(NamedTuple):
@@ -39,7 +43,8 @@ class Algorithm(NamedTuple):
     Attributes:
         init: () → meta, fresh leaves that require grad.
         loss: (meta, tasks, seed=0) → 0-d mean loss over stacked tasks, attached to meta.
-        adapt: (meta, task, seed=0) → predict, the module trained on one task's support.
+        adapt: (meta, task, seed=0, evaluate=False) → predict, the module trained on one task's support; with
+            ``evaluate`` it predicts in eval mode.
 
     Examples:
         >>> Algorithm._fields
@@ -79,10 +84,10 @@ def inner_loop(
         )
         return out.loss
 
-    def adapt(meta: Meta, task: Task, *, seed: int = 0) -> Predict:
+    def adapt(meta: Meta, task: Task, *, seed: int = 0, evaluate: bool = False) -> Predict:
         constant = tree.detach(meta)
         with torch.no_grad():
             state = unroll(unjudged, constant, task, steps=steps, seed=seed).state
-        return Predict(model, {**constant["params"], **state.params}, state.buffers, train=train)
+        return Predict(model, {**constant["params"], **state.params}, state.buffers, train=False if evaluate else train)
 
     return Algorithm(init, loss, adapt)

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from funcmeta._errors import ArgumentError
 from funcmeta.algorithms._algorithm import Algorithm, inner_loop
 from funcmeta.estimators import Estimator, Reverse
 from funcmeta.memory import Memory, StoreAll
@@ -57,6 +58,8 @@ def build(
 
     Source: Raghu et al. (2020), "Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML".
     """
+    if not any(name.startswith(head) for name in init_params(module)):
+        raise ArgumentError(f"head is {head!r}, with which none of {list(init_params(module))} begins. Pass e.g. '2.'.")
     return inner_loop(
         module,
         loss_fn,

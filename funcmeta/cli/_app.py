@@ -37,7 +37,9 @@ def compare(
     shots: Annotated[int, typer.Option(min=1, help="Support examples a class.")] = 1,
     queries: Annotated[int, typer.Option(min=1, help="Query examples a class.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Inner steps.")] = 5,
-    lr: Annotated[float, typer.Option(help="Inner learning rate (SGD).")] = 0.1,
+    lr: Annotated[
+        float | None, typer.Option(help="Inner learning rate (SGD). Default: 0.1; 0.01 for sinusoids.")
+    ] = None,
     meta_lr: Annotated[float, typer.Option(help="Outer learning rate (Adam).")] = 0.01,
     tasks: Annotated[int, typer.Option(min=1, help="Tasks a meta-batch.")] = 4,
     iterations: Annotated[int, typer.Option(min=0, help="Meta-training iterations of each estimator; 0: none.")] = 60,
@@ -54,7 +56,9 @@ def compare(
     """Compare meta-gradients of first and second order on real tasks: direction, size, time, memory, and what the
     difference costs in meta-training. Writes a picture and a JSON file with all figures.
     """
-    options = Options(**{**locals(), "dtype": dtype.value})
+    given = locals()
+    default = 0.01 if data == "sinusoids" else 0.1
+    options = Options(**{**given, "dtype": dtype.value, "lr": default if lr is None else lr})
     console = Console()
     try:
         report = run(options, console)

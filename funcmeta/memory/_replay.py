@@ -117,6 +117,7 @@ class _Run:
         path = advance(step, meta, state, self._start, self._stop)
         parts = _Parts.of((path.state, path.share))
         self.outputs, self.losses, self.aux = parts.without_tensors(), path.losses, path.aux
+        self._sizes = _sizes(parts.tensors)
         return parts.tensors
 
     def again(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -128,6 +129,7 @@ class _Run:
             path = advance(self._step, meta, state, self._start, self._stop)
         self._check_same_losses(path.losses)
         results = _Parts.of((path.state, path.share)).tensors
+        self._check_same_sizes(results)
         check_declared(results, tensors, self._step)
         return results
 
@@ -152,7 +154,7 @@ class _Run:
 
     def _check_same_losses(self, losses: list[Tensor]) -> None:
         before, after = torch.stack(self.losses), torch.stack(losses)
-        same = torch.isclose(before, after, rtol=torch.finfo(before.dtype).eps ** 0.5, atol=0.0, equal_nan=True)
+        same = _close(before, after)
         if not same.all():
             index = int((~same).reshape(len(losses), -1).any(1).nonzero()[0])
             raise ReplayError(
@@ -160,6 +162,23 @@ class _Run:
                 f"{before[index].tolist()}. Make batches, loss and model functions of (step, seed) alone: no "
                 f"iterators, no generators, no counters outside the state. Or use StoreAll()."
             )
+
+    def _check_same_sizes(self, results: Sequence[Tensor]) -> None:
+        if not all(_close(*pair).all() for pair in zip(self._sizes, _sizes(results), strict=True)):
+            raise ReplayError(
+                f"Steps {self._start} to {self._stop - 1} were run again and ended in another state, though their "
+                f"losses were the same. Make the optimizer and what else follows the loss a function of (step, seed) "
+                f"alone. Or use StoreAll()."
+            )
+
+
+def _sizes(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The norm of each floating-point tensor: enough to tell one run from another."""
+    return [torch.linalg.vector_norm(each.detach()) for each in tensors if each.is_floating_point()]
+
+
+def _close(before: Tensor, after: Tensor) -> Tensor:
+    return torch.isclose(before, after, rtol=torch.finfo(before.dtype).eps ** 0.5, atol=0.0, equal_nan=True)
 
 
 def _autocast_state(tensors: Iterable[Tensor]) -> list[dict[str, Any]]:

@@ -44,6 +44,12 @@ class MetaGradientCheck(NamedTuple):
     vacuous: bool
     probes: tuple[Probe, ...] = ()
 
+    def __str__(self) -> str:
+        """One line a direction, the worst first."""
+        lines = [f"meta-loss {self.loss:.6g}" + (", vacuous: first order passes too" if self.vacuous else "")]
+        lines += [f"  {each}" for each in sorted(self.derivatives, key=lambda each: -each.error)]
+        return "\n".join(lines)
+
     @property
     def worst(self) -> Derivative:
         """The derivative with the largest error."""

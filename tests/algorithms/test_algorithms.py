@@ -194,7 +194,7 @@ def test_bad_steps(name: str, steps: Any) -> None:
 
 def test_other_bad_arguments() -> None:
     with pytest.raises(
-        fm.ArgumentError, match=r"adapt selects none of the parameters .*'4.bias'\]. Select at least one"
+        fm.ArgumentError, match=r"head is 'classifier.', with which none of .*'4.bias'\] begins. Pass e.g. '2.'"
     ):
         anil.build(net(), mse, head="classifier.", steps=1, lr=0.1)
     for lr in (0.0, -0.1, float("nan")):
@@ -204,3 +204,14 @@ def test_other_bad_arguments() -> None:
         maml.build(net(), mse, steps=1, lr=-0.1)
     with pytest.raises(fm.ArgumentError, match=r"expected a torch\.nn\.Module"):
         maml.build(len, mse, steps=1, lr=0.1)  # type: ignore[arg-type]
+
+
+def test_predictions_may_be_taken_in_eval_mode() -> None:
+    """Dropout is on while training; with ``evaluate`` the trained module predicts without it."""
+    module = nn.Sequential(nn.Linear(1, 32), nn.Dropout(0.5), nn.Linear(32, 1))
+    algorithm = maml.build(module, mse, steps=2, lr=0.01)
+    meta, task, x = algorithm.init(), fm.tasks.sinusoids().sample(seed=0), torch.ones(4, 1)
+    noisy, calm = algorithm.adapt(meta, task), algorithm.adapt(meta, task, evaluate=True)
+    assert all(torch.equal(noisy.params[name], calm.params[name]) for name in noisy.params)
+    assert not torch.equal(noisy(x), noisy(x))
+    assert torch.equal(calm(x), calm(x))

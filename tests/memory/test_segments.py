@@ -371,3 +371,41 @@ def test_bad_lengths(length: Any) -> None:
 def test_memory_policies_compare_and_print() -> None:
     assert fm.Segments(2) == fm.Segments(2) != fm.Segments(3)
     assert repr(fm.Segments()) == "Segments(length=None)"
+
+
+def test_draws_after_the_loss_follow_the_seed() -> None:
+    """An optimizer that masks its updates at random: the same in a replay, the same for the same seed."""
+
+    def masking() -> fm.Transform:
+        def update(grads: Any, state: Any, params: Any) -> Any:
+            return {name: -0.1 * grad * (torch.rand_like(grad) < 0.5) for name, grad in grads.items()}, state
+
+        return fm.Transform(lambda params: (), update)
+
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    problem = fm.inner_problem(net, lambda m, predict, x: predict(x).square().mean(), optimizer=masking())
+    meta = {"params": fm.init_params(net)}
+
+    def gradient(memory: Any) -> Any:
+        loss = fm.unroll(problem, meta, fm.Task(x, x), steps=4, memory=memory, seed=3).loss
+        return torch.autograd.grad(loss, list(meta["params"].values()))
+
+    truth = gradient(fm.StoreAll())
+    for memory in (fm.StoreAll(), fm.Segments(1), fm.Segments(4)):
+        for one, other in zip(truth, gradient(memory), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_step_that_ends_elsewhere_at_the_same_loss_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def step(meta: Any, w: Tensor, batch: Any, seed: int) -> Any:
+        loss, gradient = fm.value_and_grad(lambda w: (w**2).sum())(w)
+        return w - 0.1 * gradient * torch.rand(2, generator=generator, dtype=torch.float64), fm.StepInfo(loss)
+
+    problem = fm.Problem(lambda meta, task, seed: meta, step, lambda meta, w, query, seed: w.sum())
+    meta = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    loss = fm.unroll(problem, meta, fm.Task(torch.zeros(1), None), steps=1, memory=fm.Segments(1)).loss
+    with pytest.raises(fm.ReplayError, match="Steps 0 to 0 were run again and ended in another state"):
+        loss.backward()
