@@ -38,15 +38,16 @@ def check_transform(
     - ``torch.func.vmap`` over stacked parameters equals a loop;
     - the derivatives by parameters, gradients and hyper-parameters, of a random combination of all updates, equal
       finite differences, and ``torch.func.grad`` gives the same;
-    - leaves without entries and 0-d leaves pass, with finite results.
+    - leaves without entries and 0-d leaves pass, with finite results;
+    - where all gradients are exactly 0, updates and their derivatives are finite.
 
     Args:
         transform: a ``Transform``; or with ``hypers`` a function from them to one.
         params: float64 tensors in any tree.
         hypers: float64 tensors in any tree: the hyper-parameters by which to differentiate.
         steps: how many to take, at least 1.
-        edges: whether to try leaves without entries and 0-d leaves; not possible where a hyper-parameter has the
-            shapes of the parameters.
+        edges: whether to try gradients of 0, leaves without entries and 0-d leaves; these are not possible where a
+            hyper-parameter has the shapes of the parameters.
         seed: of gradients and directions.
         tolerance: the largest relative error of a derivative.
 
@@ -76,6 +77,7 @@ def check_transform(
     if edges:
         for shape in ((0,), ()):
             _check_edge(build(hypers), tree.map(lambda leaf, shape=shape: leaf.new_ones(shape), params), shape)
+        _check_zero_gradients(build, params, hypers, steps)
     return _check_derivatives(build, {"params": params, "hypers": hypers, "grads": slopes}, seed, tolerance)
 
 
@@ -150,6 +152,24 @@ def _check_edge(transform: Transform, params: Tree, shape: tuple[int, ...]) -> N
         raise CheckError(
             f"The update is not finite when all parameters have the shape {list(shape)}, expected finite numbers. Look "
             f"for a mean or a norm over no entries."
+        )
+
+
+def _check_zero_gradients(build: Callable[[Tree], Transform], params: Tree, hypers: Tree, steps: int) -> None:
+    """Raise unless updates and derivatives are finite where every gradient is 0, as behind a dead ReLU."""
+    inputs = tree.map(
+        lambda leaf: leaf.detach().requires_grad_(),
+        (params, hypers, [tree.map(torch.zeros_like, params) for _ in range(steps)]),
+    )
+    start, made_of, slopes = inputs
+    results = tree.leaves(_run(build(made_of), start, slopes)[0])
+    total = torch.stack([leaf.sum() for leaf in results]).sum()
+    if total.requires_grad:
+        results += torch.autograd.grad(total, tree.leaves(inputs), materialize_grads=True)
+    if not all(leaf.isfinite().all() for leaf in results):
+        raise CheckError(
+            "An update or its derivative is not finite where a gradient is exactly 0, as behind a dead ReLU. Look for "
+            "a square root or a norm at 0, and give it the derivative 0 there; or pass edges=False."
         )
 
 

@@ -182,3 +182,14 @@ def test_a_transform_that_is_another_one_under_torch_func() -> None:
 def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         check_transform(**{"transform": optim.sgd(0.1), "params": PARAMS, **changes})
+
+
+@pytest.mark.parametrize(
+    "update",
+    [lambda g, p: -0.1 * g / ((g * g).sqrt() + 1e-8), lambda g, p: -0.1 * g / (g * g).sqrt()],
+    ids=["infinite slope", "0 / 0"],
+)
+def test_a_root_of_a_zero_gradient_is_found(update: Callable[..., Tensor]) -> None:
+    with pytest.raises(CheckError, match=r"not finite where a gradient is exactly 0(?s:.)*pass edges=False"):
+        check_transform(rule(update), PARAMS)
+    check_transform(rule(update), PARAMS, edges=False)
