@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from funcmeta._graph import inside_functorch
+from funcmeta._graph import check_inner_gradient, inside_functorch
 
 
 @contextmanager
@@ -168,7 +168,19 @@ def _native_layer_norm(
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+def _watched_grad(*args: Any, **options: Any) -> Any:
+    check_inner_gradient(options.get("create_graph"))
+    return torch.autograd.grad(*args, **options)
+
+
+def _watched_backward(tensor: Tensor, *args: Any, **options: Any) -> Any:
+    check_inner_gradient(options.get("create_graph"))
+    return tensor.backward(*args, **options)  # type: ignore[no-untyped-call]
+
+
 _EXACT: dict[Any, Callable[..., Any]] = {
+    torch.autograd.grad: _watched_grad,
+    Tensor.backward: _watched_backward,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcmeta import tree
 from funcmeta._errors import DetachedError, LossError, StructureError
-from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
+from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk, watched
 from funcmeta._typing import Tree
 
 Objective = Callable[[Tree], tuple[Tensor, Any]]
@@ -123,9 +123,10 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
         attached = attached and (_requires_grad(params) or bool(walk(results, leaves, everywhere=True).leaves))
         if differentiable and attached:
             check_differentiable_again(value, leaves)
-        found = torch.autograd.grad(
-            value, leaves, create_graph=differentiable and attached, retain_graph=attached, allow_unused=True
-        )
+        with watched(False):
+            found = torch.autograd.grad(
+                value, leaves, create_graph=differentiable and attached, retain_graph=attached, allow_unused=True
+            )
     _check_depends(any(grad is not None for grad in found))
     grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
     retire(leaves)

@@ -13,7 +13,7 @@ from funcmeta._batching import over_tasks
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._exact_layers import exact_layers
 from funcmeta._gradient import check_loss
-from funcmeta._graph import alias, inside_functorch
+from funcmeta._graph import alias, inside_functorch, watched
 from funcmeta._guard import check_arguments, check_attached, check_every_leaf_used, check_finite, check_replayable
 from funcmeta._typing import Batch, Meta
 from funcmeta.estimators import Estimator, Primal, Reverse
@@ -195,6 +195,7 @@ def _bind(
     problem: Problem, task: Task, carry: Carry | None, start: int, stop: int, seed: int, tasks: int | None
 ) -> Primal:
     """The problem on this task: seeds, batches and the task dimension filled in, every result checked."""
+    attached = torch.is_grad_enabled()
     over = (lambda fn: fn) if tasks is None else partial(over_tasks, tasks=tasks)
     shape = () if tasks is None else (tasks,)
 
@@ -213,7 +214,7 @@ def _bind(
             return problem.step(meta, state, batch, rng.fold(seed, 1, index))
 
         batch = _batch(task.support, index)
-        with _controlled(rng.fold(seed, 1, index)):
+        with _controlled(rng.fold(seed, 1, index)), watched(attached):
             following, info = _pair(over(one)(state, batch))
         check_loss(info.loss, name=f"The inner loss of step {index}", shape=shape)
         advice = f"Step {index} changed it; let every step return the state as it came, new values apart."

@@ -590,3 +590,55 @@ def test_meta_without_a_way_to_the_loss_under_first_order_is_told_so() -> None:
         fm.DetachedError, match=r"Under FirstOrder a way through the inner gradient(?s:.)*meta\['params'\]"
     ):
         fm.unroll(problem, meta, task, steps=1, estimator=fm.FirstOrder())
+
+
+def taking(gradient_of: Callable[[Tensor], Tensor]) -> tuple[fm.Problem, dict[str, Tensor], fm.Task]:
+    """A step that takes its gradient in its own way."""
+
+    def step(meta: Any, w: Tensor, batch: Any, seed: int) -> Any:
+        return w - 0.5 * gradient_of(w), fm.StepInfo((w.sin() ** 2).sum())
+
+    problem = fm.Problem(lambda meta, task, seed: meta["w"], step, lambda meta, w, query, seed: (w**2).sum())
+    meta = {"w": torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)}
+    return problem, meta, fm.Task(torch.ones(1), None)
+
+
+def constant(w: Tensor) -> Tensor:
+    with torch.enable_grad():
+        w = w if w.requires_grad else w.clone().requires_grad_()
+        return torch.autograd.grad((w.sin() ** 2).sum(), w)[0]
+
+
+def accumulated(w: Tensor) -> Tensor:
+    with torch.enable_grad():
+        w = w.detach().requires_grad_()
+        (w.sin() ** 2).sum().backward()
+    assert w.grad is not None
+    return w.grad
+
+
+def with_graph(w: Tensor) -> Tensor:
+    with torch.enable_grad():
+        w = w if w.requires_grad else w.clone().requires_grad_()
+        return torch.autograd.grad((w.sin() ** 2).sum(), w, create_graph=True)[0]
+
+
+def by_pulling_back(w: Tensor) -> Tensor:
+    value, pull_back = torch.func.vjp(lambda w: (w.sin() ** 2).sum(), w)[:2]
+    return pull_back(torch.ones_like(value))[0]  # type: ignore[no-any-return]
+
+
+@memories
+@pytest.mark.parametrize("gradient_of", [constant, accumulated])
+def test_a_gradient_taken_without_a_graph_is_refused(gradient_of: Any, memory: Any) -> None:
+    problem, meta, task = taking(gradient_of)
+    with pytest.raises(fm.GraphError, match=r"without create_graph=True(?s:.)*Take it by funcmeta\.value_and_grad"):
+        fm.unroll(problem, meta, task, steps=2, memory=memory)
+    with torch.no_grad():
+        fm.unroll(problem, meta, task, steps=2, memory=memory)  # no meta-gradient is wanted, so nothing is lost
+
+
+@memories
+@pytest.mark.parametrize("gradient_of", [with_graph, by_pulling_back])
+def test_a_gradient_of_ones_own_that_carries_its_graph_is_exact(gradient_of: Any, memory: Any) -> None:
+    assert fm.check_meta_grad(*taking(gradient_of), steps=3, memory=memory, allow_vacuous=True).worst.error < 1e-6
