@@ -248,7 +248,7 @@ def _requires_grad(value: Any) -> bool:
 
 def _own(leaf: Any) -> Any:
     """A leaf behind a node of its own, at which the walk through the graph ends."""
-    return alias(leaf) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+    return alias(leaf) if torch.is_grad_enabled() and isinstance(leaf, Tensor) and leaf.requires_grad else leaf
 
 
 def _batch(support: Any, index: int) -> Batch:
