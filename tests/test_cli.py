@@ -250,3 +250,10 @@ def test_the_default_run_takes_less_than_a_minute(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["compare", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert content(tmp_path)["seconds"] < 60
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "funcmeta", "compare", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0
+    assert "--estimators" in shown.stdout

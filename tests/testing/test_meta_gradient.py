@@ -277,3 +277,11 @@ def test_a_tensor_that_no_gradient_reaches_keeps_its_own_error() -> None:
 
 def test_the_table_of_tolerances_is_the_one_of_the_verification_standard() -> None:
     assert TOLERANCES._asdict() == {"fixed": 1e-6, "drawn": 1e-5, "exact": 1e-10, "memory": 1e-12, "single": 1e-4}
+
+
+def test_the_figures_print_as_a_table_with_the_worst_first() -> None:
+    check = check_meta_grad(*case(), steps=2)
+    lines = str(check).splitlines()
+    assert lines[0].startswith("meta-loss ")
+    assert lines[1].strip() == str(check.worst)
+    assert len(lines) == 1 + len(check.derivatives)
