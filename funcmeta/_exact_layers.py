@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from funcmeta._graph import check_inner_gradient, inside_functorch
+from funcmeta._graph import inside_functorch
+from funcmeta._watch import WATCHED
 
 
 @contextmanager
@@ -42,12 +43,12 @@ _active: ContextVar[bool] = ContextVar("funcmeta_exact_layers", default=False)
 
 
 class ExactLayers(TorchFunctionMode):
-    """The mode behind ``exact_layers``; one of them is enough."""
+    """The mode behind ``exact_layers``; one of them is enough. It is also the eye of ``_watch``."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        run: Callable[..., Any] = _EXACT.get(func, func)
+        run: Callable[..., Any] = _EXACT.get(func) or WATCHED.get(func, func)
         return run(*args, **(kwargs or {}))
 
 
@@ -168,19 +169,7 @@ def _native_layer_norm(
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
-def _watched_grad(*args: Any, **options: Any) -> Any:
-    check_inner_gradient(options.get("create_graph"))
-    return torch.autograd.grad(*args, **options)
-
-
-def _watched_backward(tensor: Tensor, *args: Any, **options: Any) -> Any:
-    check_inner_gradient(options.get("create_graph"))
-    return tensor.backward(*args, **options)  # type: ignore[no-untyped-call]
-
-
 _EXACT: dict[Any, Callable[..., Any]] = {
-    torch.autograd.grad: _watched_grad,
-    Tensor.backward: _watched_backward,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,

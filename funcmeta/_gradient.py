@@ -10,8 +10,9 @@ from torch import Tensor
 
 from funcmeta import tree
 from funcmeta._errors import DetachedError, LossError, StructureError
-from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk, watched
+from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
 from funcmeta._typing import Tree
+from funcmeta._watch import watched
 
 Objective = Callable[[Tree], tuple[Tensor, Any]]
 

@@ -2,8 +2,6 @@
 
 import types
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from funcmeta import tree
-from funcmeta._errors import CapturedTensorError, DetachedError, GraphError
+from funcmeta._errors import CapturedTensorError, DetachedError
 
 OPAQUE_EDGES = "opaque_edges"
 """Attribute of a node: how many of its first edges may lead nowhere, so that a walk must not follow them."""
@@ -89,34 +87,13 @@ def _differentiable_once(function: Any) -> Any:
     """The autograd.Function whose backward is marked so; under ``torch.func`` a generated one refers to it."""
     if function is None:
         return None
-    cells = [cell.cell_contents for cell in function.backward.__closure__ or ()]
-    for each in (function, *[cell for cell in cells if isinstance(cell, type)]):
-        if each.backward.__code__.co_qualname == _ONCE:
+    cells = [cell.cell_contents for cell in getattr(function.backward, "__closure__", None) or ()]
+    behind = [cell for cell in cells if isinstance(cell, type) and issubclass(cell, torch.autograd.Function)]
+    for each in (function, *behind):
+        code = getattr(each.backward, "__code__", None)
+        if code is not None and code.co_qualname == _ONCE:
             return each
     return None
-
-
-@contextmanager
-def watched(on: bool) -> Iterator[None]:
-    """While on, a step's own ``torch.autograd.grad`` must build a graph; off for the library's own."""
-    token = _watching.set(on)
-    try:
-        yield
-    finally:
-        _watching.reset(token)
-
-
-def check_inner_gradient(create_graph: bool | None) -> None:
-    """Raise when a step takes a gradient as a constant while the meta-gradient through it is wanted."""
-    if _watching.get() and torch.is_grad_enabled() and not create_graph:
-        raise GraphError(
-            "A step took a gradient by torch.autograd.grad or backward() without create_graph=True: it would count as "
-            "a constant, and the meta-gradient be of first order. Take it by funcmeta.value_and_grad, and detach what "
-            "that returns if a constant is meant."
-        )
-
-
-_watching: ContextVar[bool] = ContextVar("funcmeta_watching", default=False)
 
 
 def check_declared(roots: Iterable[Tensor], declared: Iterable[Tensor], where: Any) -> Reached:

@@ -21,11 +21,12 @@ def check_arguments(meta: Meta, task: Task, steps: int, seed: int, estimator: Es
     rng.check_seed(seed)
     if torch.is_inference_mode_enabled():
         raise ArgumentError("An unroll takes gradients, which torch.inference_mode forbids. Use torch.no_grad() there.")
-    for name, value, method in (("estimator", estimator, "__call__"), ("memory", memory, "run")):
+    for name, value, method, usual in (
+        ("estimator", estimator, "__call__", "Reverse()"),
+        ("memory", memory, "run", "StoreAll()"),
+    ):
         if isinstance(value, type) or not hasattr(value, method):
-            hint = (
-                f"{value.__name__}()" if isinstance(value, type) else {"estimator": "Reverse()"}.get(name, "StoreAll()")
-            )
+            hint = f"{value.__name__}()" if isinstance(value, type) else usual
             raise ArgumentError(f"{name} is {value!r}, expected an object that can do the work. Pass e.g. {hint}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ArgumentError(f"steps is {steps!r}, expected an integer of 0 or more. Pass e.g. steps=5.")

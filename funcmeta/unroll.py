@@ -13,9 +13,10 @@ from funcmeta._batching import over_tasks
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._exact_layers import exact_layers
 from funcmeta._gradient import check_loss
-from funcmeta._graph import alias, inside_functorch, watched
+from funcmeta._graph import alias, inside_functorch
 from funcmeta._guard import check_arguments, check_attached, check_every_leaf_used, check_finite, check_replayable
 from funcmeta._typing import Batch, Meta
+from funcmeta._watch import watched
 from funcmeta.estimators import Estimator, Primal, Reverse
 from funcmeta.memory import Memory, StoreAll
 from funcmeta.problem import Problem, StepInfo
@@ -120,6 +121,7 @@ def unroll(
         NonFiniteError: a loss is NaN or infinite; the message names the step.
         DetachedError: the meta-loss, or an inner loss, is cut off from what it is to be differentiated by.
         CapturedTensorError: a tensor that requires grad is used without coming through ``meta``.
+        GraphError: a step takes a gradient by itself without a graph, while a meta-gradient is wanted.
         UnreachedLeafError: a leaf of ``meta`` requires grad, but the loss does not depend on it.
         ReplayError: under a policy that replays, a batch or a step does not come out the same twice.
 
@@ -214,7 +216,7 @@ def _bind(
             return problem.step(meta, state, batch, rng.fold(seed, 1, index))
 
         batch = _batch(task.support, index)
-        with _controlled(rng.fold(seed, 1, index)), watched(attached):
+        with _controlled(rng.fold(seed, 1, index)), watched(attached or None):
             following, info = _pair(over(one)(state, batch))
         check_loss(info.loss, name=f"The inner loss of step {index}", shape=shape)
         advice = f"Step {index} changed it; let every step return the state as it came, new values apart."

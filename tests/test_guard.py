@@ -642,3 +642,41 @@ def test_a_gradient_taken_without_a_graph_is_refused(gradient_of: Any, memory: A
 @pytest.mark.parametrize("gradient_of", [with_graph, by_pulling_back])
 def test_a_gradient_of_ones_own_that_carries_its_graph_is_exact(gradient_of: Any, memory: Any) -> None:
     assert fm.check_meta_grad(*taking(gradient_of), steps=3, memory=memory, allow_vacuous=True).worst.error < 1e-6
+
+
+def test_reptile_differentiates_nothing_and_takes_constant_gradients() -> None:
+    def step(meta: Any, state: fm.InnerState, batch: Any, seed: int) -> Any:
+        w = state.params["w"]
+        return state._replace(params={"w": w - 0.5 * constant(w)}), fm.StepInfo((w**2).sum())
+
+    problem = fm.Problem(
+        lambda meta, task, seed: fm.InnerState(meta, {}, (), torch.tensor(0)),
+        step,
+        lambda meta, state, query, seed: None,
+    )
+    meta = {"w": torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)}
+    fm.unroll(problem, meta, fm.Task(torch.ones(1), None), steps=1, estimator=fm.Reptile()).loss.backward()
+    torch.testing.assert_close(meta["w"].grad, 0.5 * torch.sin(2 * meta["w"].detach()))
+
+
+def test_a_function_whose_backward_closes_over_a_class_is_no_riddle() -> None:
+    class Helper:
+        slope = staticmethod(torch.cos)
+
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+            return cotangent * Helper.slope(ctx.saved_tensors[0])
+
+    def step(meta: Any, w: Tensor, batch: Any, seed: int) -> Any:
+        loss, gradient = fm.value_and_grad(lambda w: Sine.apply(w).square().sum())(w)
+        return w - 0.5 * gradient, fm.StepInfo(loss)
+
+    problem = fm.Problem(lambda meta, task, seed: meta, step, lambda meta, w, query, seed: (w**2).sum())
+    meta = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
+    assert fm.check_meta_grad(problem, meta, fm.Task(torch.ones(1), None), steps=2).worst.error < 1e-6

@@ -9,6 +9,7 @@ from torch import Tensor
 from funcmeta import tree
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Meta
+from funcmeta._watch import watched
 from funcmeta.estimators._base import Outcome, Primal
 from funcmeta.memory import Memory, StoreAll
 
@@ -43,7 +44,7 @@ class Reptile:
             raise ArgumentError(
                 f"Reptile reads state.params, but the state is a {type(state).__name__}. Let init return an InnerState."
             )
-        with torch.no_grad():
+        with torch.no_grad(), watched(False):
             path = StoreAll().run(primal.step, meta, tree.detach(state), primal.start, primal.stop)
             last = path.losses[-1]
             way_back = tree.map(lambda before, after: (before - after) / last.numel(), state.params, path.state.params)

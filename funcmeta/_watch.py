@@ -1,0 +1,47 @@
+"""Gradients that a step takes by itself, and by mistake as constants."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcmeta._errors import GraphError
+
+
+@contextmanager
+def watched(on: bool | None) -> Iterator[None]:
+    """Whether gradients need a graph inside the block: yes (True), no matter (None), or no, whatever runs in it."""
+    token = _watching.set(False if _watching.get() is False else on)
+    try:
+        yield
+    finally:
+        _watching.reset(token)
+
+
+_watching: ContextVar[bool | None] = ContextVar("funcmeta_watching", default=None)
+
+
+def _check(create_graph: bool | None) -> None:
+    if _watching.get() and torch.is_grad_enabled() and not create_graph:
+        raise GraphError(
+            "A step took a gradient by torch.autograd.grad or backward() without create_graph=True: it would count as "
+            "a constant, and the meta-gradient be of first order. Take it by funcmeta.value_and_grad, and detach what "
+            "that returns if a constant is meant."
+        )
+
+
+def _grad(*args: Any, **options: Any) -> Any:
+    _check(options.get("create_graph"))
+    return torch.autograd.grad(*args, **options)
+
+
+def _backward(tensor: Tensor, *args: Any, **options: Any) -> Any:
+    _check(options.get("create_graph"))
+    return tensor.backward(*args, **options)  # type: ignore[no-untyped-call]
+
+
+WATCHED: dict[Any, Callable[..., Any]] = {torch.autograd.grad: _grad, Tensor.backward: _backward}
+"""What a mode has to call in place of torch's own functions, so that they are watched."""
