@@ -1,36 +1,80 @@
-"""Several tasks at once: one tree whose tensors have a leading task dimension."""
+"""Several tasks at once: one tree whose tensors have a leading task dimension.
 
-from collections.abc import Callable, Sequence
+``over_tasks`` is ``torch.func.vmap`` with the level kept at hand, from the same primitives. A gradient inside it can so
+be taken where the task dimension is an ordinary one, by the gradient of the sum over tasks: the same numbers, without
+a second level of ``torch.func``, for a third of the time on small models.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (
+    _add_batch_dim,
+    _remove_batch_dim,
+    _vmap_decrement_nesting,
+    _vmap_increment_nesting,
+    peek_interpreter_stack,
+)
+from torch._functorch.predispatch import lazy_load_decompositions
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from funcmeta import tree
 from funcmeta._errors import StructureError
 from funcmeta._typing import Tree
 
 
+class Level:
+    """One level of ``vmap`` over tasks."""
+
+    def __init__(self, number: int, tasks: int) -> None:
+        self._number, self.tasks = number, tasks
+
+    def lift(self, tensor: Tensor) -> Tensor:
+        """The tensor of one task, as the function sees it, from one with a leading task dimension."""
+        return _add_batch_dim(tensor, 0, self._number)  # type: ignore[no-any-return]
+
+    def lower(self, tensor: Tensor) -> Tensor:
+        """The tensor of all tasks, with a leading task dimension, from what the function sees."""
+        return _remove_batch_dim(tensor, self._number, self.tasks, 0)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """Compute with tensors of all tasks inside the block."""
+        with temporarily_pop_interpreter_stack():
+            yield
+
+    def is_innermost(self) -> bool:
+        """Whether no other transform of ``torch.func`` was entered since."""
+        top = peek_interpreter_stack()
+        return top is not None and bool(top.level() == self._number)
+
+
+_level: ContextVar[Level | None] = ContextVar("funcmeta_task_level", default=None)
+
+
+def task_level() -> Level | None:
+    """The level of the function that runs over tasks right now, unless something else of ``torch.func`` runs in it."""
+    level = _level.get()
+    return level if level is not None and level.is_innermost() else None
+
+
 def over_tasks(fn: Callable[..., Tree], tasks: int) -> Callable[..., Tree]:
-    """``torch.func.vmap`` over every tensor of the arguments; what is not a tensor is the same for all tasks."""
-    each = torch.arange(tasks)  # so that there is something to map over when no argument is a tensor
+    """``fn`` over every tensor of the arguments; what is not a tensor is the same for all tasks."""
 
     def mapped(*arguments: Tree) -> Tree:
-        leaves, spec = tree.flatten(arguments)
-        where = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        made: list[Any] = []
-
-        def one(_: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            mine = list(leaves)
-            for index, tensor in zip(where, tensors, strict=True):
-                mine[index] = tensor
-            results, made_spec = tree.flatten(fn(*tree.unflatten(mine, spec)))
-            made[:] = [results, made_spec]
-            return tuple(leaf for leaf in results if isinstance(leaf, Tensor))
-
-        batched = iter(torch.func.vmap(one, randomness="different")(each, *[leaves[index] for index in where]))
-        results, made_spec = made
-        return tree.unflatten([next(batched) if isinstance(leaf, Tensor) else leaf for leaf in results], made_spec)
+        lazy_load_decompositions()
+        level = Level(_vmap_increment_nesting(tasks, "different"), tasks)
+        token = _level.set(level)
+        try:
+            results = fn(*tree.map(lambda leaf: level.lift(leaf) if isinstance(leaf, Tensor) else leaf, arguments))
+            return tree.map(lambda leaf: level.lower(leaf) if isinstance(leaf, Tensor) else leaf, results)
+        finally:
+            _level.reset(token)
+            _vmap_decrement_nesting()
 
     return mapped
 

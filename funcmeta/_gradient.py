@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
+from funcmeta._batching import Level, task_level
 from funcmeta._errors import DetachedError, LossError, StructureError
 from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
 from funcmeta._typing import Tree
@@ -67,8 +68,6 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
                 out = fn(inputs, *args, **kwargs)
             value, aux = out if has_aux else (out, None)
             check_loss(value, name="The inner loss")
-            if not torch.compiler.is_compiling():
-                _check_depends(value.requires_grad)
             return value, aux
 
         _check_params(params)
@@ -113,27 +112,43 @@ _rule: ContextVar[Rule | None] = ContextVar("funcmeta_inner_gradient", default=N
 
 
 def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gradient:
-    if torch.compiler.is_compiling() or inside_functorch():
+    tasks = task_level()
+    if torch.compiler.is_compiling() or (inside_functorch() and tasks is None):
         return _by_functorch(objective, params, differentiable)
     attached = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = tree.map(lambda leaf: alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf), params)
+        with _left(tasks, tree.leaves(params)) as whole:
+            leaves = [alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf) for leaf in whole]
+        inputs = tree.like(params, leaves if tasks is None else [tasks.lift(leaf) for leaf in leaves])
         value, aux = objective(inputs)
-        leaves, spec = tree.flatten(inputs)
-        results = _tensors((value, aux))
-        attached = attached and (_requires_grad(params) or bool(walk(results, leaves, everywhere=True).leaves))
-        if differentiable and attached:
-            check_differentiable_again(value, leaves)
-        with watched(False):
-            found = torch.autograd.grad(
-                value, leaves, create_graph=differentiable and attached, retain_graph=attached, allow_unused=True
+        with _left(tasks, _tensors((value, aux))) as results:
+            attached = attached and (
+                any(leaf.requires_grad for leaf in whole) or bool(walk(results, leaves, everywhere=True).leaves)
             )
-    _check_depends(any(grad is not None for grad in found))
-    grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
+            total = results[0] if tasks is None else results[0].sum()
+            _check_depends(total.requires_grad)
+            if differentiable and attached:
+                check_differentiable_again(total, leaves)
+            with watched(False):
+                found = torch.autograd.grad(
+                    total, leaves, create_graph=differentiable and attached, retain_graph=attached, allow_unused=True
+                )
+            _check_depends(any(grad is not None for grad in found))
+            grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
     retire(leaves)
+    if tasks is not None:
+        grads = [tasks.lift(grad) for grad in grads]
     if not attached:
         value, aux = tree.detach((value, aux))
-    return Gradient(value, aux, tree.unflatten(grads, spec))
+    return Gradient(value, aux, tree.like(params, grads))
+
+
+@contextmanager
+def _left(tasks: Level | None, tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Leave the level of the tasks, if there is one, with these tensors; the library's own work, which no mode sees."""
+    lowered = tensors if tasks is None else [tasks.lower(tensor) for tensor in tensors]
+    with torch._C.DisableTorchFunction(), nullcontext() if tasks is None else tasks.left():
+        yield lowered
 
 
 def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> Gradient:
@@ -142,6 +157,8 @@ def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> G
 
     def tensors_only(inputs: Tree) -> tuple[Tensor, list[Tensor]]:
         value, aux = objective(inputs)
+        if not torch.compiler.is_compiling():
+            _check_depends(value.requires_grad)
         if differentiable and not torch.compiler.is_compiling():
             check_differentiable_again(value, tree.leaves(inputs))
         leaves, spec = tree.flatten(aux)
@@ -167,10 +184,6 @@ def _check_depends(dependent: bool) -> None:
 
 def _tensors(value: Tree) -> list[Tensor]:
     return [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _requires_grad(value: Tree) -> bool:
-    return any(leaf.requires_grad for leaf in _tensors(value))
 
 
 def _check_params(params: Tree) -> None:

@@ -3,7 +3,8 @@
 Every other module goes through here, so that one file knows where torch keeps its pytrees.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from funcmeta._errors import StructureError
 from funcmeta._typing import Tree
 
 Spec = pytree.TreeSpec
+
+_SINGLE = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, bytes, type(None)})
+"""Types that are leaves for certain: most leaves need no look into torch's registry."""
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Spec]:
@@ -28,7 +32,34 @@ def unflatten(leaves: Sequence[Any], spec: Spec) -> Tree:
 
 def leaves(tree: Tree) -> list[Any]:
     """The leaves of a tree, left to right."""
-    return pytree.tree_leaves(tree)
+    found: list[Any] = []
+    _collect(tree, found)
+    return found
+
+
+def _collect(tree: Tree, found: list[Any]) -> None:
+    kind = type(tree)
+    if kind in _SINGLE:
+        found.append(tree)
+    elif kind is dict:
+        for each in tree.values():
+            _collect(each, found)
+    elif kind is tuple or kind is list or _is_namedtuple(kind):
+        for each in tree:
+            _collect(each, found)
+    else:
+        found.extend(pytree.tree_leaves(tree))
+
+
+@cache
+def _is_namedtuple(kind: type) -> bool:
+    return pytree.is_namedtuple_class(kind) and kind not in pytree.SUPPORTED_NODES
+
+
+def like(tree: Tree, leaves: Iterable[Any]) -> Tree:
+    """A tree of the same structure with other leaves, given left to right."""
+    following = iter(leaves)
+    return _rebuild(lambda _: next(following), tree)
 
 
 def named_leaves(tree: Tree, name: str = "") -> list[tuple[str, Any]]:
@@ -39,13 +70,25 @@ def named_leaves(tree: Tree, name: str = "") -> list[tuple[str, Any]]:
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply ``fn`` to each leaf of ``tree`` and the leaves at the same place of ``rest``."""
-    if is_flat(tree) and all(type(other) is dict and other.keys() == tree.keys() for other in rest):
-        if len(rest) == 1:
-            return {key: fn(leaf, rest[0][key]) for key, leaf in tree.items()}
-        return {key: fn(leaf, *[other[key] for other in rest]) for key, leaf in tree.items()}
-    first, spec = flatten(tree)
-    columns = [first, *[aligned(tree, other) for other in rest]]
-    return unflatten([fn(*row) for row in zip(*columns, strict=True)], spec)
+    if not rest:
+        return _rebuild(fn, tree)
+    columns = [leaves(tree), *[aligned(tree, other) for other in rest]]
+    return like(tree, [fn(*row) for row in zip(*columns, strict=True)])
+
+
+def _rebuild(fn: Callable[[Any], Any], tree: Tree) -> Tree:
+    kind = type(tree)
+    if kind in _SINGLE:
+        return fn(tree)
+    if kind is dict:
+        return {key: _rebuild(fn, each) for key, each in tree.items()}
+    if kind is list:
+        return [_rebuild(fn, each) for each in tree]
+    if kind is tuple:
+        return tuple([_rebuild(fn, each) for each in tree])
+    if _is_namedtuple(kind):
+        return kind(*[_rebuild(fn, each) for each in tree])
+    return pytree.tree_map(fn, tree)
 
 
 def aligned(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "") -> list[Any]:
@@ -53,8 +96,8 @@ def aligned(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "") 
 
     Dicts agree when their keys do, in whatever order these were inserted.
     """
-    have, spec = flatten(got)
-    if spec == flatten(expected)[1]:
+    have: list[Any] = []
+    if _collect_along(expected, got, have):
         return have
     wanted = [path for path, _ in named_leaves(expected, name)]
     named = dict(named_leaves(got, name))
@@ -66,6 +109,25 @@ def aligned(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "") 
             f"unexpected {_some(unexpected) or 'nothing'}. {advice or 'Pass a tree with exactly the expected keys.'}"
         )
     return [named[path] for path in wanted]
+
+
+def _collect_along(expected: Tree, got: Tree, found: list[Any]) -> bool:
+    """Collect the leaves of ``got``; False as soon as the containers are not obviously the same."""
+    kind = type(expected)
+    if kind in _SINGLE:
+        found.append(got)
+        return type(got) in _SINGLE
+    if type(got) is not kind:
+        return False
+    if kind is dict:
+        return expected.keys() == got.keys() and all(
+            _collect_along(each, got[key], found) for key, each in expected.items()
+        )
+    if kind is tuple or kind is list or _is_namedtuple(kind):
+        return len(expected) == len(got) and all(
+            _collect_along(*pair, found) for pair in zip(expected, got, strict=True)
+        )
+    return False
 
 
 def check_same(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "") -> None:
@@ -83,7 +145,7 @@ def check_same(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "
 
 def detach(tree: Tree) -> Tree:
     """The same tree with every tensor detached; other leaves pass."""
-    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+    return map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def describe(leaf: Any) -> str:
@@ -95,8 +157,9 @@ def describe(leaf: Any) -> str:
 
 def check_tensors(tree: Tree, *, name: str) -> None:
     """Raise ``StructureError`` unless every leaf is a tensor."""
-    for path, leaf in named_leaves(tree, name):
+    for index, leaf in enumerate(leaves(tree)):
         if not isinstance(leaf, Tensor):
+            path = named_leaves(tree, name)[index][0]
             raise StructureError(f"{path} is {describe(leaf)}, expected a tensor. Wrap numbers in torch.tensor(...).")
 
 
