@@ -35,11 +35,11 @@ class Level:
 
     def lift(self, tensor: Tensor) -> Tensor:
         """The tensor of one task, as the function sees it, from one with a leading task dimension."""
-        return _add_batch_dim(tensor, 0, self._number)  # type: ignore[no-any-return]
+        return _add_batch_dim(tensor, 0, self._number)
 
     def lower(self, tensor: Tensor) -> Tensor:
         """The tensor of all tasks, with a leading task dimension, from what the function sees."""
-        return _remove_batch_dim(tensor, self._number, self.tasks, 0)  # type: ignore[no-any-return]
+        return _remove_batch_dim(tensor, self._number, self.tasks, 0)
 
     @contextmanager
     def left(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from funcmeta._graph import inside_functorch
@@ -169,6 +170,16 @@ def _native_layer_norm(
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+def _differentiable_attention(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """Attention through the only backend that has all derivatives."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        with sdpa_kernel(SDPBackend.MATH):
+            return attention(*args, **options)
+
+    return run
+
+
 _EXACT: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
@@ -178,4 +189,8 @@ _EXACT: dict[Any, Callable[..., Any]] = {
     torch.layer_norm: _native_layer_norm,
     torch._weight_norm: _weight_norm,
     **{layer: _batchable(layer) for layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+    **{
+        attention: _differentiable_attention(attention)
+        for attention in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+    },
 }

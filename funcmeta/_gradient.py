@@ -70,7 +70,8 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
             check_loss(value, name="The inner loss")
             return value, aux
 
-        _check_params(params)
+        with torch._C.DisableTorchFunction():
+            _check_params(params)
         value, aux, grads = rule(objective, params)
         return ((value, aux) if has_aux else value), grads
 
@@ -121,12 +122,10 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
             leaves = [alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf) for leaf in whole]
         inputs = tree.like(params, leaves if tasks is None else [tasks.lift(leaf) for leaf in leaves])
         value, aux = objective(inputs)
-        with _left(tasks, _tensors((value, aux))) as results:
-            attached = attached and (
-                any(leaf.requires_grad for leaf in whole) or bool(walk(results, leaves, everywhere=True).leaves)
-            )
+        with _left(tasks, _tensors((value, aux) if attached else value)) as results:
             total = results[0] if tasks is None else results[0].sum()
             _check_depends(total.requires_grad)
+            attached = attached and _has_graph_beyond(results, whole, leaves)
             if differentiable and attached:
                 check_differentiable_again(total, leaves)
             with watched(False):
@@ -135,12 +134,18 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
                 )
             _check_depends(any(grad is not None for grad in found))
             grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
-    retire(leaves)
+            if attached:
+                retire(leaves)
     if tasks is not None:
         grads = [tasks.lift(grad) for grad in grads]
     if not attached:
         value, aux = tree.detach((value, aux))
     return Gradient(value, aux, tree.like(params, grads))
+
+
+def _has_graph_beyond(results: list[Tensor], given: list[Tensor], leaves: list[Tensor]) -> bool:
+    """Whether what was computed depends on more that requires grad than the leaves made for this one gradient."""
+    return any(tensor.requires_grad for tensor in given) or bool(walk(results, leaves, everywhere=True).leaves)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
 from funcmeta import rng
@@ -79,14 +78,14 @@ class FunctionalModel:
             StructureError: names or shapes differ from the module's.
             GraphError: the module computes a buffer in such a way that it carries a derivative.
         """
-        self._check(params, buffers)
         self._set_mode(train)
-        tensors = dict(params)
-        for name, tensor in buffers.items():
-            tensors[name] = tensor.detach() if name in self._frozen else tensor.detach().clone()
+        with torch._C.DisableTorchFunction():
+            self._check(params, buffers)
+            tensors = dict(params)
+            for name, tensor in buffers.items():
+                tensors[name] = tensor.detach() if name in self._frozen else tensor.detach().clone()
         tensors.update({alias: tensors[name] for alias, name in self._aliases.items()})
         with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(exact_layers())
             if self._recurrent:
                 stack.enter_context(_plain_recurrence())

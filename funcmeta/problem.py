@@ -11,7 +11,7 @@ from funcmeta._errors import ArgumentError
 from funcmeta._gradient import value_and_grad
 from funcmeta._typing import Batch, Buffers, Meta, Params, Tree
 from funcmeta.model import FunctionalModel, functionalize
-from funcmeta.optim import Transform, apply_updates
+from funcmeta.optim import Transform, advance
 from funcmeta.tasks import Task
 
 
@@ -204,8 +204,7 @@ def inner_problem(
                 return loss_fn(meta, predict, batch), predict.buffers
 
         (loss, buffers), grads = value_and_grad(objective, has_aux=True)(state.params)
-        updates, opt_state = transform(meta).update(grads, state.opt_state, state.params)
-        params = apply_updates(state.params, updates)
+        params, opt_state = advance(transform(meta), grads, state.opt_state, state.params)
         share = trajectory_loss(state.step) * loss if callable(trajectory_loss) else loss if trajectory_loss else None
         return InnerState(params, buffers, opt_state, state.step + 1), StepInfo(loss, share)
 

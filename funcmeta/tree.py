@@ -4,7 +4,6 @@ Every other module goes through here, so that one file knows where torch keeps i
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -51,9 +50,8 @@ def _collect(tree: Tree, found: list[Any]) -> None:
         found.extend(pytree.tree_leaves(tree))
 
 
-@cache
 def _is_namedtuple(kind: type) -> bool:
-    return pytree.is_namedtuple_class(kind) and kind not in pytree.SUPPORTED_NODES
+    return issubclass(kind, tuple) and hasattr(kind, "_fields") and kind not in pytree.SUPPORTED_NODES
 
 
 def like(tree: Tree, leaves: Iterable[Any]) -> Tree:
@@ -134,6 +132,8 @@ def check_same(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "
     """Raise ``StructureError`` unless both trees agree in keys and, leaf by leaf, in shape, dtype and device."""
     wanted = leaves(expected)
     for index, (want, have) in enumerate(zip(wanted, aligned(expected, got, name=name, advice=advice), strict=True)):
+        if want is have:
+            continue
         if not isinstance(want, Tensor) or not isinstance(have, Tensor):
             same = type(want) is type(have)
         else:

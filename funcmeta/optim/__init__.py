@@ -24,7 +24,7 @@ from funcmeta.optim._rmsprop import rmsprop
 from funcmeta.optim._sgd import sgd
 from funcmeta.optim._torch_optim import from_torch_optim_state, to_torch_optim_state
 from funcmeta.optim._torchopt import from_torchopt, to_torchopt
-from funcmeta.optim._transform import Transform, apply_updates, chain, masked
+from funcmeta.optim._transform import Transform, advance, apply_updates, chain, masked
 
 __all__ = [
     "Transform",
@@ -34,6 +34,7 @@ __all__ = [
     "adamax",
     "adamw",
     "add_weight_decay",
+    "advance",
     "amsgrad",
     "apply_updates",
     "chain",

@@ -125,6 +125,8 @@ def _check(name: str, hyper: Hyper) -> None:
 
 def _check_type(name: str, hyper: Hyper) -> None:
     """Raise unless every leaf is a number or a floating-point tensor."""
+    if type(hyper) is float or (isinstance(hyper, Tensor) and hyper.dtype.is_floating_point):
+        return
     for path, leaf in tree.named_leaves(hyper, name):
         if isinstance(leaf, Tensor):
             if not leaf.dtype.is_floating_point:

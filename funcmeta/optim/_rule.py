@@ -11,14 +11,29 @@ from torch import Tensor
 from funcmeta import tree
 from funcmeta._errors import StructureError
 from funcmeta._typing import Tree
-from funcmeta.optim._hyper import Hypers, Values
+from funcmeta.optim._hyper import Hypers, Value, Values
 from funcmeta.optim._transform import Transform
 
 Slot = Callable[[Tensor, Values], Tensor]
 """The initial value that a parameter keeps in the state."""
 
-Rule = Callable[..., tuple[Tensor, ...]]
-"""(values, parameter, gradient, *slots) -> (update, *new slots)."""
+Rule = Callable[..., tuple[Any, ...]]
+"""(values, parameter, gradient, *slots) -> (update, *new slots); the update is a tensor or ``Scaled``."""
+
+
+class Scaled(NamedTuple):
+    """The update factor · direction, which need not be computed apart from the parameter that it is added to."""
+
+    direction: Tensor
+    factor: Value
+
+    def alone(self) -> Tensor:
+        return torch.mul(self.direction, self.factor)
+
+    def added_to(self, param: Tensor) -> Tensor:
+        if isinstance(self.factor, Tensor):
+            return torch.addcmul(param, self.direction, self.factor)
+        return torch.add(param, self.direction, alpha=self.factor)
 
 
 class StepState(NamedTuple):
@@ -73,20 +88,37 @@ def per_tensor(
             step=step, **{name: _tree(params, flat, [slot(*row) for row in rows]) for name, slot in slots.items()}
         )
 
-    def update(grads: Tree, old: Any, params: Tree) -> tuple[Tree, Any]:
+    def run(finish: Callable[[Any, Tensor], Tensor], grads: Tree, old: Any, params: Tree) -> tuple[Tree, Any]:
         flat = tree.is_flat(params)
         leaves = list(params.values()) if flat else tree.leaves(params)
         given = _column(params, flat, grads, "grads")
         kept = [_column(params, flat, getattr(old, name), name) for name in slots]
         _check_gradients(given, leaves)
         rows = zip(values_of(old.step, params, leaves), leaves, given, *kept, strict=True)
-        columns = list(zip(*[rule(*row) for row in rows], strict=True)) or [()] * (1 + len(slots))
+        results = [(finish(first, row[1]), *fresh) for row in rows for first, *fresh in (rule(*row),)]
+        columns = list(zip(*results, strict=True)) or [()] * (1 + len(slots))
         casts = [_like(column, likes) for column, likes in zip(columns, (leaves, *kept), strict=True)]
-        updates, *fresh = [_tree(params, flat, cast) for cast in casts]
+        finished, *fresh = [_tree(params, flat, cast) for cast in casts]
         step = old.step + 1 if counted else ()
-        return updates, state(step=step, **dict(zip(slots, fresh, strict=True)))
+        return finished, state(step=step, **dict(zip(slots, fresh, strict=True)))
 
-    return Transform(init, update)
+    def update(grads: Tree, old: Any, params: Tree) -> tuple[Tree, Any]:
+        with torch._C.DisableTorchFunction():
+            return run(_alone, grads, old, params)
+
+    def advance(grads: Tree, old: Any, params: Tree) -> tuple[Tree, Any]:
+        with torch._C.DisableTorchFunction():
+            return run(_added, grads, old, params)
+
+    return Transform(init, update, advance)
+
+
+def _alone(update: Any, param: Tensor) -> Tensor:
+    return update.alone() if isinstance(update, Scaled) else update
+
+
+def _added(update: Any, param: Tensor) -> Tensor:
+    return update.added_to(param) if isinstance(update, Scaled) else param + update
 
 
 def _decaying(rule: Rule) -> Rule:
@@ -99,7 +131,7 @@ def _shrinking(rule: Rule) -> Rule:
 
     def shrinking(values: Values, param: Tensor, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         update, *fresh = rule(values, param, grad, *kept)
-        return update - values["lr"] * values["weight_decay"] * param, *fresh
+        return _alone(update, param) - values["lr"] * values["weight_decay"] * param, *fresh
 
     return shrinking
 

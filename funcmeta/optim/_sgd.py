@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # torch.compile does not trace tuple[...] in an inner function
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Hyper, Tree
 from funcmeta.optim._hyper import Hypers, Values, double
-from funcmeta.optim._rule import per_tensor, zeros
+from funcmeta.optim._rule import Scaled, per_tensor, zeros
 from funcmeta.optim._transform import Transform
 
 
@@ -74,12 +74,12 @@ def sgd(
             return descent
         return descent | {"fresh": 1 - torch.where(step == 0, 0.0, double(values["dampening"]))}
 
-    def rule(values: Values, param: Tensor, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+    def rule(values: Values, param: Tensor, grad: Tensor, *kept: Tensor) -> tuple[Any, ...]:
         if not heavy:
-            return (grad * values["descent"],)
+            return (Scaled(grad, values["descent"]),)
         buffer = values["momentum"] * kept[0] + (grad * values["fresh"] if damped else grad)
         ahead = grad + values["momentum"] * buffer if nesterov else buffer
-        return ahead * values["descent"], buffer
+        return Scaled(ahead, values["descent"]), buffer
 
     return per_tensor(
         hypers,

@@ -27,6 +27,8 @@ class Transform(NamedTuple):
         init: from the parameters (any tree of tensors) to the state, a NamedTuple of trees of tensors.
         update: from (gradients, state, parameters) to (updates, new state); gradients and updates are trees like the
             parameters, with the same shapes and dtypes.
+        advance: from (gradients, state, parameters) to (new parameters, new state), when that can be done in fewer
+            passes over memory than `update` followed by `apply_updates`; else None. The function `advance` uses it.
 
     Examples:
         >>> params = {"w": torch.tensor([1.0, 2.0])}
@@ -40,6 +42,7 @@ class Transform(NamedTuple):
 
     init: Callable[[Tree], Any]
     update: Callable[[Tree, Any, Tree], tuple[Tree, Any]]
+    advance: Callable[[Tree, Any, Tree], tuple[Tree, Any]] | None = None
 
 
 class ChainState(NamedTuple):
@@ -74,6 +77,34 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     Source: optax.apply_updates (https://optax.readthedocs.io).
     """
     return tree.map(operator.add, params, updates)
+
+
+def advance(transform: Transform, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    """One step of the inner optimizer: `update`, and its result added to the parameters.
+
+    (u, state') = update(g, state, θ); θ' = θ + u.
+
+    Args:
+        transform: any transform.
+        grads: a tree like the parameters.
+        state: the transform's state.
+        params: any tree of tensors.
+
+    Returns:
+        The new parameters and the new state.
+
+    Examples:
+        >>> transform = fm.optim.sgd(0.5)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> fm.optim.advance(transform, {"w": torch.ones(1)}, transform.init(params), params)[0]
+        {'w': tensor([0.5000])}
+
+    Source: optax.apply_updates (https://optax.readthedocs.io), joined with the update.
+    """
+    if transform.advance is not None:
+        return transform.advance(grads, state, params)
+    updates, state = transform.update(grads, state, params)
+    return apply_updates(params, updates), state
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -112,7 +143,16 @@ def chain(*transforms: Transform) -> Transform:
             states.append(own)
         return grads, ChainState(tuple(states))
 
-    return Transform(init, update)
+    if not transforms:
+        return Transform(init, update)
+    before, last = chain(*transforms[:-1]), transforms[-1]
+
+    def advance_last(grads: Tree, state: ChainState, params: Tree) -> tuple[Tree, ChainState]:
+        updates, others = before.update(grads, ChainState(state.states[:-1]), params)
+        moved, own = advance(last, updates, state.states[-1], params)
+        return moved, ChainState((*others.states, own))
+
+    return Transform(init, update, advance_last)
 
 
 def masked(

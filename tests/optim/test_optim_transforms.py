@@ -33,6 +33,33 @@ def tensors(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]
     return {name: torch.tensor(value, dtype=dtype) for name, value in case.hypers.items()}
 
 
+def advanced_and_applied(transform: optim.Transform, wanted: list[Tensor]) -> tuple[Any, Any]:
+    """Parameters, state and gradients after two steps by ``advance``, and by ``update`` and ``apply_updates``."""
+    results = []
+    for step in (optim.advance, lambda transform, *rest: optim.advance(transform._replace(advance=None), *rest)):
+        params = tree.map(lambda leaf: leaf.detach().requires_grad_(), start())
+        leaves, state = list(params.values()), transform.init(params)
+        for index in range(2):
+            params, state = step(transform, gradients(params, index), state, params)
+        found = torch.autograd.grad(outer(params), [*leaves, *wanted], allow_unused=True, materialize_grads=True)
+        results.append((params, state, found))
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_advance_is_update_and_apply(name: str) -> None:
+    case = CASES[name]
+    learned = {key: value.requires_grad_() for key, value in tensors(case).items()}
+    for transform, wanted in ((case.build(), []), (case.build(**learned), list(learned.values()))):
+        torch.testing.assert_close(*advanced_and_applied(transform, wanted), **CLOSE)
+
+
+def test_an_empty_chain_adds_the_gradients() -> None:
+    params, grads = {"a": torch.ones(2)}, {"a": torch.full((2,), 0.5)}
+    moved, _ = optim.advance(optim.chain(), grads, optim.chain().init(params), params)
+    assert torch.equal(moved["a"], torch.full((2,), 1.5))
+
+
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_vmap_over_parameters_and_hyper_parameters(name: str, dtype: torch.dtype) -> None:
