@@ -8,6 +8,7 @@ from funcmeta import algorithms, estimators, memory, optim, tasks, testing
 from funcmeta._errors import (
     ArgumentError,
     CapturedTensorError,
+    CompileError,
     DataError,
     DetachedError,
     FuncmetaError,
@@ -22,6 +23,7 @@ from funcmeta._errors import (
 from funcmeta._gradient import value_and_grad
 from funcmeta.algorithms import anil, maml, meta_sgd, reptile
 from funcmeta.compare import Comparison, compare
+from funcmeta.compiled import compile
 from funcmeta.estimators import FirstOrder, Reptile, Reverse
 from funcmeta.inspect import Finding, Readiness, inspect
 from funcmeta.memory import Segments, StoreAll
@@ -63,6 +65,7 @@ __all__ = [
     "TOLERANCES",
     "ArgumentError",
     "CapturedTensorError",
+    "CompileError",
     "Carry",
     "Comparison",
     "DataError",
@@ -107,6 +110,7 @@ __all__ = [
     "clip_by_norm",
     "clip_by_value",
     "compare",
+    "compile",
     "estimators",
     "finite_difference",
     "from_torch_optim_state",

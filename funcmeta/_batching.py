@@ -79,6 +79,21 @@ def over_tasks(fn: Callable[..., Tree], tasks: int) -> Callable[..., Tree]:
     return mapped
 
 
+def per_task(fn: Callable[..., Tree], tasks: int) -> Callable[..., Tree]:
+    """A problem's function (meta, ..., seed) over stacked tasks, for which ``meta`` and the seed are the same.
+
+    A function that knows how to do this by itself has a method ``over_tasks``.
+    """
+    if hasattr(fn, "over_tasks"):
+        return fn.over_tasks(tasks)  # type: ignore[no-any-return]
+
+    def mapped(meta: Tree, *rest: Any) -> Tree:
+        *stacked, seed = rest
+        return over_tasks(lambda *each: fn(meta, *each, seed), tasks)(*stacked)
+
+    return mapped
+
+
 def stack(trees: Sequence[Tree]) -> Tree:
     """One tree whose tensors are those of ``trees``, stacked; other leaves are those of the first."""
     return tree.map(lambda *column: torch.stack(column) if isinstance(column[0], Tensor) else column[0], *trees)
@@ -97,11 +112,12 @@ def take(stacked: Tree, index: int) -> Tree:
 
 def count(stacked: Tree) -> int:
     """The number of tasks: the size of the leading dimension, which every tensor must share."""
-    named = [(name, leaf) for name, leaf in tree.named_leaves(stacked, "tasks") if isinstance(leaf, Tensor)]
-    sizes = {leaf.shape[0] if leaf.dim() else None for _, leaf in named}
+    tensors = [leaf for leaf in tree.leaves(stacked) if isinstance(leaf, Tensor)]
+    sizes = {leaf.shape[0] if leaf.dim() else None for leaf in tensors}
     if len(sizes) != 1 or sizes & {0, None}:
+        named = [(name, leaf) for name, leaf in tree.named_leaves(stacked, "tasks") if isinstance(leaf, Tensor)]
         found = ", ".join(f"{name} {list(leaf.shape)}" for name, leaf in named[:6]) or "no tensors"
         raise StructureError(
             f"tasks have no common leading task dimension: {found}. Stack the tasks, as sample_batch(seed, tasks) does."
         )
-    return int(named[0][1].shape[0])
+    return int(tensors[0].shape[0])

@@ -129,6 +129,17 @@ class ReplayError(FuncmetaError, RuntimeError):
     """
 
 
+class CompileError(FuncmetaError, RuntimeError):
+    """A function can not be compiled, or would not compute the same when compiled.
+
+    Examples:
+        >>> issubclass(CompileError, RuntimeError)
+        True
+
+    Source: this library.
+    """
+
+
 class DataError(FuncmetaError, ValueError):
     """A file or folder is missing, truncated, foreign or of an unexpected size.
 

@@ -61,7 +61,8 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
     """
 
     def gradient(params: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
-        rule = _rule.get() or exact
+        current = _steering.get()
+        rule = current.rule if current else exact
 
         def objective(inputs: Tree) -> tuple[Tensor, Any]:
             with nullcontext() if rule is exact else steered(exact):  # a gradient inside the loss is part of its value
@@ -73,6 +74,8 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
         with torch._C.DisableTorchFunction():
             _check_params(params)
         value, aux, grads = rule(objective, params)
+        if current:
+            current.taken += 1
         return ((value, aux) if has_aux else value), grads
 
     return gradient
@@ -89,14 +92,27 @@ def constant(objective: Objective, params: Tree) -> Gradient:
     return Gradient(value, aux, tree.detach(grads))
 
 
+class Steering:
+    """The rule in force, and how many gradients were taken by it."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule, self.taken = rule, 0
+
+
 @contextmanager
-def steered(rule: Rule) -> Iterator[None]:
+def steered(rule: Rule) -> Iterator[Steering]:
     """Let ``value_and_grad`` take its gradients by ``rule`` inside the block."""
-    token = _rule.set(rule)
+    steering = Steering(rule)
+    token = _steering.set(steering)
     try:
-        yield
+        yield steering
     finally:
-        _rule.reset(token)
+        _steering.reset(token)
+
+
+def steering() -> Steering | None:
+    """What steers ``value_and_grad`` here."""
+    return _steering.get()
 
 
 def check_loss(value: Any, *, name: str, shape: tuple[int, ...] = ()) -> None:
@@ -109,7 +125,7 @@ def check_loss(value: Any, *, name: str, shape: tuple[int, ...] = ()) -> None:
         raise LossError(f"{name} is {value.dtype}, expected a floating-point tensor. Convert it before reducing.")
 
 
-_rule: ContextVar[Rule | None] = ContextVar("funcmeta_inner_gradient", default=None)
+_steering: ContextVar[Steering | None] = ContextVar("funcmeta_inner_gradient", default=None)
 
 
 def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gradient:

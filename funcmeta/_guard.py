@@ -35,19 +35,25 @@ def check_arguments(meta: Meta, task: Task, steps: int, seed: int, estimator: Es
     tree.check_tensors(meta, name="meta")
     if not isinstance(task, Task):
         raise ArgumentError(f"task is a {type(task).__name__}, expected a Task. Pass Task(support, query).")
-    for name, leaf in tree.named_leaves(task[:2], "task"):
-        name = name.replace("[0]", ".support", 1) if name.startswith("task[0]") else name.replace("[1]", ".query", 1)
-        if hasattr(leaf, "__array__") and not isinstance(leaf, Tensor):
-            raise ArgumentError(f"{name} is a {type(leaf).__name__}, expected a tensor. Convert it by torch.as_tensor.")
-        if isinstance(leaf, Iterable) and not isinstance(leaf, Tensor | str | bytes):
-            raise ArgumentError(
-                f"{name} is a {type(leaf).__name__}, expected tensors or a function of the step index. An iterator "
-                f"can not be run again: wrap the data in a function that returns the batch of a given step."
-            )
+    for index, leaf in enumerate(tree.leaves(task[:2])):
+        if not isinstance(leaf, Tensor):
+            _check_data(tree.named_leaves(task[:2], "task")[index][0], leaf)
     if not callable(task.support) and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(task.support)):
         raise ArgumentError(
             f"task.support is a {type(task.support).__name__}, expected tensors or a function of the step index. Pass "
             f"the batch of every step, or a function that returns the batch of a given step."
+        )
+
+
+def _check_data(name: str, leaf: object) -> None:
+    """Raise when this part of a task looks like data, but is no tensor."""
+    name = name.replace("[0]", ".support", 1) if name.startswith("task[0]") else name.replace("[1]", ".query", 1)
+    if hasattr(leaf, "__array__"):
+        raise ArgumentError(f"{name} is a {type(leaf).__name__}, expected a tensor. Convert it by torch.as_tensor.")
+    if isinstance(leaf, Iterable) and not isinstance(leaf, str | bytes):
+        raise ArgumentError(
+            f"{name} is a {type(leaf).__name__}, expected tensors or a function of the step index. An iterator can not "
+            f"be run again: wrap the data in a function that returns the batch of a given step."
         )
 
 

@@ -15,7 +15,15 @@ from funcmeta._typing import Tree
 
 Spec = pytree.TreeSpec
 
-_SINGLE = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, bytes, type(None)})
+
+
+class Hole:
+    """Where a tensor was in a tree that keeps none."""
+
+
+HOLE = Hole()
+
+_SINGLE = frozenset({Hole, Tensor, torch.nn.Parameter, int, float, bool, str, bytes, type(None)})
 """Types that are leaves for certain: most leaves need no look into torch's registry."""
 
 
@@ -58,6 +66,17 @@ def like(tree: Tree, leaves: Iterable[Any]) -> Tree:
     """A tree of the same structure with other leaves, given left to right."""
     following = iter(leaves)
     return _rebuild(lambda _: next(following), tree)
+
+
+def hollow(tree: Tree) -> Tree:
+    """The same tree with a hole for every tensor."""
+    return _rebuild(lambda leaf: HOLE if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def filled(hollow: Tree, tensors: Iterable[Tensor]) -> Tree:
+    """A hollow tree with these tensors in its holes."""
+    following = iter(tensors)
+    return _rebuild(lambda leaf: next(following) if leaf is HOLE else leaf, hollow)
 
 
 def named_leaves(tree: Tree, name: str = "") -> list[tuple[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import rng, tree
-from funcmeta._batching import over_tasks
+from funcmeta._batching import per_task
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._exact_layers import exact_layers
 from funcmeta._gradient import check_loss
@@ -198,26 +198,24 @@ def _bind(
 ) -> Primal:
     """The problem on this task: seeds, batches and the task dimension filled in, every result checked."""
     attached = torch.is_grad_enabled()
-    over = (lambda fn: fn) if tasks is None else partial(over_tasks, tasks=tasks)
+    over = (lambda fn: fn) if tasks is None else partial(per_task, tasks=tasks)
+    take_step, judge = over(problem.step), problem.meta_loss and over(problem.meta_loss)
     shape = () if tasks is None else (tasks,)
 
     def init(meta: Meta) -> Any:
         if carry is not None:
             return carry.state
 
-        def one(support: Any, query: Any) -> Any:
-            return problem.init(meta, Task(support, query, task.spec), rng.fold(seed, 0))
+        def begin(meta: Meta, support: Any, query: Any, seed: int) -> Any:
+            return problem.init(meta, Task(support, query, task.spec), seed)
 
         with _controlled(rng.fold(seed, 0)):
-            return over(one)(task.support, task.query)
+            return over(begin)(meta, task.support, task.query, rng.fold(seed, 0))
 
     def step(meta: Meta, state: Any, index: int) -> tuple[Any, StepInfo]:
-        def one(state: Any, batch: Batch) -> tuple[Any, StepInfo]:
-            return problem.step(meta, state, batch, rng.fold(seed, 1, index))
-
-        batch = _batch(task.support, index)
-        with _controlled(rng.fold(seed, 1, index)), watched(attached or None):
-            following, info = _pair(over(one)(state, batch))
+        batch, own_seed = _batch(task.support, index), rng.fold(seed, 1, index)
+        with _controlled(own_seed), watched(attached or None):
+            following, info = _pair(take_step(meta, state, batch, own_seed))
         check_loss(info.loss, name=f"The inner loss of step {index}", shape=shape)
         advice = f"Step {index} changed it; let every step return the state as it came, new values apart."
         tree.check_same(state, following, name="state", advice=advice)
@@ -227,10 +225,10 @@ def _bind(
         return following, info
 
     def meta_loss(meta: Meta, state: Any) -> Tensor:
-        assert problem.meta_loss is not None
-        judge = problem.meta_loss
-        with _controlled(rng.fold(seed, 2, stop)):
-            loss = over(lambda state, query: judge(meta, state, query, rng.fold(seed, 2, stop)))(state, task.query)
+        assert judge is not None
+        own_seed = rng.fold(seed, 2, stop)
+        with _controlled(own_seed):
+            loss = judge(meta, state, task.query, own_seed)
         check_loss(loss, name="The meta-loss", shape=shape)
         return loss.mean()  # type: ignore[no-any-return]
 

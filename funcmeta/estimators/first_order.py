@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from funcmeta._errors import GraphError
-from funcmeta._gradient import Gradient, Objective, constant, steered
-from funcmeta._typing import Meta, Tree
+from funcmeta._gradient import constant, steered
+from funcmeta._typing import Meta
 from funcmeta.estimators._base import Outcome, Primal
 from funcmeta.estimators.reverse import Reverse
 from funcmeta.memory import Memory, Step
@@ -41,16 +41,9 @@ class FirstOrder:
 
 def _with_constant_gradients(step: Step) -> Step:
     def first_order(meta: Meta, state: Any, index: int) -> tuple[Any, StepInfo]:
-        taken = 0
-
-        def counted(objective: Objective, params: Tree) -> Gradient:
-            nonlocal taken
-            taken += 1
-            return constant(objective, params)
-
-        with steered(counted):
+        with steered(constant) as steering:
             result = step(meta, state, index)
-        if not taken:
+        if not steering.taken:
             raise GraphError(
                 f"FirstOrder can not hold the inner gradient of step {index} constant: the step took none through "
                 f"funcmeta.value_and_grad. Use it in place of torch.autograd.grad or torch.func.grad."
