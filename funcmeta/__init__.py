@@ -11,6 +11,7 @@ from funcmeta._errors import (
     CompileError,
     DataError,
     DetachedError,
+    FallbackWarning,
     FuncmetaError,
     GraphError,
     LossError,
@@ -24,7 +25,7 @@ from funcmeta._gradient import value_and_grad
 from funcmeta.algorithms import anil, maml, meta_sgd, reptile
 from funcmeta.compare import Comparison, compare
 from funcmeta.compiled import compile
-from funcmeta.estimators import FirstOrder, Reptile, Reverse
+from funcmeta.estimators import FirstOrder, ForwardMode, MixedMode, Reptile, Reverse
 from funcmeta.inspect import Finding, Readiness, inspect
 from funcmeta.memory import Segments, StoreAll
 from funcmeta.model import FunctionalModel, functionalize, init_params
@@ -65,19 +66,22 @@ __all__ = [
     "TOLERANCES",
     "ArgumentError",
     "CapturedTensorError",
-    "CompileError",
     "Carry",
     "Comparison",
+    "CompileError",
     "DataError",
     "DetachedError",
+    "FallbackWarning",
     "Finding",
     "FirstOrder",
+    "ForwardMode",
     "FuncmetaError",
     "FunctionalModel",
     "GraphError",
     "InnerState",
     "LossError",
     "MissingExtraError",
+    "MixedMode",
     "NonFiniteError",
     "Problem",
     "Readiness",

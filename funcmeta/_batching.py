@@ -17,6 +17,7 @@ from torch._C._functorch import (
     _remove_batch_dim,
     _vmap_decrement_nesting,
     _vmap_increment_nesting,
+    maybe_get_bdim,
     peek_interpreter_stack,
 )
 from torch._functorch.predispatch import lazy_load_decompositions
@@ -47,19 +48,35 @@ class Level:
         with temporarily_pop_interpreter_stack():
             yield
 
-    def is_innermost(self) -> bool:
-        """Whether no other transform of ``torch.func`` was entered since."""
+    def put_back(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """A tensor as the function sees it, where ``like`` has its task dimension; ``like`` itself may have none."""
+        where = maybe_get_bdim(like)
+        return tensor if where < 0 else _add_batch_dim(tensor, where, self._number)
+
+    @contextmanager
+    def entered_again(self) -> Iterator[None]:
+        """Compute per task inside the block, after the function has returned; what it captured is valid again."""
+        assert _vmap_increment_nesting(self.tasks, "different") == self._number
+        token = _level.set(self)
+        try:
+            yield
+        finally:
+            _level.reset(token)
+            _vmap_decrement_nesting()
+
+    def is_alone(self) -> bool:
+        """Whether no other transform of ``torch.func`` is active."""
         top = peek_interpreter_stack()
-        return top is not None and bool(top.level() == self._number)
+        return top is not None and bool(top.level() == self._number == 1)
 
 
 _level: ContextVar[Level | None] = ContextVar("funcmeta_task_level", default=None)
 
 
 def task_level() -> Level | None:
-    """The level of the function that runs over tasks right now, unless something else of ``torch.func`` runs in it."""
+    """The level of the function that runs over tasks right now, unless more of ``torch.func`` is active."""
     level = _level.get()
-    return level if level is not None and level.is_innermost() else None
+    return level if level is not None and level.is_alone() else None
 
 
 def over_tasks(fn: Callable[..., Tree], tasks: int) -> Callable[..., Tree]:

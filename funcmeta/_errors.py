@@ -160,3 +160,14 @@ class MissingExtraError(FuncmetaError, ImportError):
 
     Source: this library.
     """
+
+
+class FallbackWarning(UserWarning):
+    """Something was computed in another way than asked for; the result is as exact.
+
+    Examples:
+        >>> issubclass(FallbackWarning, UserWarning)
+        True
+
+    Source: this library.
+    """

@@ -53,6 +53,16 @@ class ExactLayers(TorchFunctionMode):
         return run(*args, **(kwargs or {}))
 
 
+class DualLayers(TorchFunctionMode):
+    """Inside this mode layers without a second derivative in forward mode are computed by elementary operations."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        run: Callable[..., Any] = _DUAL.get(func, func)
+        return run(*args, **(kwargs or {}))
+
+
 def _batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -193,4 +203,43 @@ _EXACT: dict[Any, Callable[..., Any]] = {
         attention: _differentiable_attention(attention)
         for attention in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
     },
+}
+
+
+def _mse_loss(input: Tensor, target: Tensor, *old: Any, reduction: str = "mean", **others: Any) -> Tensor:
+    if old or any(each is not None for each in others.values()):
+        return F.mse_loss(input, target, *old, reduction=reduction, **others)
+    return _reduced((input - target) ** 2, reduction)
+
+
+def _huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    if weight is not None:
+        return F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
+    distance = (input - target).abs()
+    near = distance.clamp(max=delta)
+    return _reduced(near * (distance - 0.5 * near), reduction)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    grouped = input.reshape(input.shape[0], num_groups, -1)
+    normal = _normalized(grouped, (2,), None, None, (), eps).reshape(input.shape)
+    shape = (1, -1) + (1,) * (input.dim() - 2)
+    scaled = normal if weight is None else normal * weight.reshape(shape)
+    return scaled if bias is None else scaled + bias.reshape(shape)
+
+
+def _reduced(values: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return values
+    return values.sum() if reduction == "sum" else values.mean()
+
+
+_DUAL: dict[Any, Callable[..., Any]] = {
+    F.mse_loss: _mse_loss,
+    F.huber_loss: _huber_loss,
+    F.group_norm: _group_norm,
 }

@@ -93,21 +93,23 @@ def constant(objective: Objective, params: Tree) -> Gradient:
 
 
 class Steering:
-    """The rule in force, and how many gradients were taken by it."""
+    """The rule in force, and how many gradients were taken by it and, inside of losses, by others."""
 
     def __init__(self, rule: Rule) -> None:
-        self.rule, self.taken = rule, 0
+        self.rule, self.taken, self.nested = rule, 0, 0
 
 
 @contextmanager
 def steered(rule: Rule) -> Iterator[Steering]:
     """Let ``value_and_grad`` take its gradients by ``rule`` inside the block."""
-    steering = Steering(rule)
-    token = _steering.set(steering)
+    outer, inner = _steering.get(), Steering(rule)
+    token = _steering.set(inner)
     try:
-        yield steering
+        yield inner
     finally:
         _steering.reset(token)
+        if outer is not None:
+            outer.nested += inner.taken + inner.nested
 
 
 def steering() -> Steering | None:
@@ -134,13 +136,13 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
         return _by_functorch(objective, params, differentiable)
     attached = torch.is_grad_enabled()
     with torch.enable_grad():
-        with _left(tasks, tree.leaves(params)) as whole:
+        with left(tasks, tree.leaves(params)) as whole:
             leaves = [alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf) for leaf in whole]
         inputs = tree.like(params, leaves if tasks is None else [tasks.lift(leaf) for leaf in leaves])
         value, aux = objective(inputs)
-        with _left(tasks, _tensors((value, aux) if attached else value)) as results:
+        with left(tasks, tensors_of((value, aux) if attached else value)) as results:
             total = results[0] if tasks is None else results[0].sum()
-            _check_depends(total.requires_grad)
+            check_depends(total.requires_grad)
             attached = attached and _has_graph_beyond(results, whole, leaves)
             if differentiable and attached:
                 check_differentiable_again(total, leaves)
@@ -148,7 +150,7 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
                 found = torch.autograd.grad(
                     total, leaves, create_graph=differentiable and attached, retain_graph=attached, allow_unused=True
                 )
-            _check_depends(any(grad is not None for grad in found))
+            check_depends(any(grad is not None for grad in found))
             grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
             if attached:
                 retire(leaves)
@@ -165,7 +167,7 @@ def _has_graph_beyond(results: list[Tensor], given: list[Tensor], leaves: list[T
 
 
 @contextmanager
-def _left(tasks: Level | None, tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+def left(tasks: Level | None, tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """Leave the level of the tasks, if there is one, with these tensors; the library's own work, which no mode sees."""
     lowered = tensors if tasks is None else [tasks.lower(tensor) for tensor in tensors]
     with torch._C.DisableTorchFunction(), nullcontext() if tasks is None else tasks.left():
@@ -179,12 +181,12 @@ def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> G
     def tensors_only(inputs: Tree) -> tuple[Tensor, list[Tensor]]:
         value, aux = objective(inputs)
         if not torch.compiler.is_compiling():
-            _check_depends(value.requires_grad)
+            check_depends(value.requires_grad)
         if differentiable and not torch.compiler.is_compiling():
             check_differentiable_again(value, tree.leaves(inputs))
         leaves, spec = tree.flatten(aux)
         other[:] = [leaves, spec]
-        return value, _tensors(leaves)
+        return value, tensors_of(leaves)
 
     value, pull_back, tensors = torch.func.vjp(tensors_only, params, has_aux=True)  # type: ignore[misc]
     with torch.set_grad_enabled(differentiable):
@@ -195,7 +197,7 @@ def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> G
     return Gradient(value, aux, grads)
 
 
-def _check_depends(dependent: bool) -> None:
+def check_depends(dependent: bool) -> None:
     if not dependent:
         raise DetachedError(
             "The inner loss does not depend on the parameters: it was detached, computed under no_grad, or never used "
@@ -203,7 +205,7 @@ def _check_depends(dependent: bool) -> None:
         )
 
 
-def _tensors(value: Tree) -> list[Tensor]:
+def tensors_of(value: Tree) -> list[Tensor]:
     return [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
 
 

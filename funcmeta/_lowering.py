@@ -78,7 +78,7 @@ class Lowered:
 
     def accepts(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the kernels hold for inputs of these shapes too."""
-        return self._shapes is not None and bool(self._shapes.evaluate_guards_for_args(self.inputs, tensors))
+        return self._shapes is not None and bool(self._shapes.evaluate_guards_for_args(self.inputs, tensors))  # type: ignore[arg-type]
 
     def recorded(self, fn: Callable[..., list[Tensor]], inputs: list[Tensor]) -> GraphModule:
         """The ATen graph of a function: functional, and decomposed as inductor wants it."""
@@ -95,14 +95,14 @@ class Lowered:
     def kernel(self, graph: GraphModule, inputs: list[Tensor]) -> Kernel:
         """The graph as one function of a list of contiguous tensors."""
         if self._options is None:
-            return lambda tensors: graph(*tensors)  # type: ignore[no-any-return]
+            return lambda tensors: graph(*tensors)
         try:
             with (
                 inductor_config.patch({"fallback_random": True, **self._options}),
                 tracing(TracingContext(self.mode)),
                 torch.no_grad(),
             ):
-                return compile_fx_inner(graph, inputs)  # type: ignore[return-value]
+                return compile_fx_inner(graph, inputs)
         except Exception as error:
             raise CompileError(
                 f"inductor could not compile what was recorded: {_first_line(error)} It needs a C++ compiler on a CPU "
@@ -221,7 +221,7 @@ def _check_same(graph: GraphModule, other: GraphModule) -> None:
         )
 
 
-class explained:  # noqa: N801
+class explained:
     """Turns what goes wrong while recording into a ``CompileError`` that names the line."""
 
     def __enter__(self) -> None:

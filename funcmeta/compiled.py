@@ -1,7 +1,6 @@
 """A problem whose step and meta-loss are compiled, each once, with its vector-Jacobian product."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from funcmeta import rng, tree
 from funcmeta._batching import per_task
+from funcmeta._context import Autocast
 from funcmeta._errors import ArgumentError, CompileError, GraphError
 from funcmeta._exact_layers import exact_layers
 from funcmeta._gradient import exact, steered, steering
@@ -67,7 +67,9 @@ def compile(problem: Problem, *, backend: Backend = "inductor", dynamic: bool = 
     Source: ``torch.fx.experimental.proxy_tensor.make_fx`` and TorchInductor (Ansel et al. 2024, "PyTorch 2").
     """
     if not isinstance(problem, Problem):
-        raise ArgumentError(f"problem is a {type(problem).__name__}, expected a Problem. Pass what inner_problem makes.")
+        raise ArgumentError(
+            f"problem is a {type(problem).__name__}, expected a Problem. Pass what inner_problem makes."
+        )
     if backend not in ("inductor", "aten"):
         raise ArgumentError(f"backend is {backend!r}, expected 'inductor' or 'aten'. Pass one of them.")
     settings = {name.replace("__", "."): value for name, value in options.items()}
@@ -158,7 +160,7 @@ class _Variant:
         self.shapes = [tensor.shape for tensor in tensors]
         current = steering()
         self._rule = current.rule if current else exact
-        self._autocast = [_autocast(kind) for kind in {tensor.device.type for tensor in tensors}]
+        self._autocast = Autocast(tensors)
         self.lowered = Lowered(self._flat, tensors, seed, vary, options, where)
         compare(self.lowered(tensors, seed), self.lowered.plain(tensors, seed), "result")
         self._derivatives: dict[tuple[bool, ...], Derivative] = {}
@@ -183,12 +185,7 @@ class _Variant:
             return tree.filled(self._results, _Step.apply(self.lowered, derivative, seed, *inputs))  # type: ignore[no-untyped-call]
 
     def _flat(self, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
-        with ExitStack() as stack:
-            stack.enter_context(rng.forked(seed))
-            stack.enter_context(exact_layers())
-            current = stack.enter_context(steered(self._rule))
-            for options in self._autocast:
-                stack.enter_context(torch.autocast(**options))
+        with rng.forked(seed), exact_layers(), self._autocast.again(), steered(self._rule) as current:
             results = self._plain(*tree.filled(self._arguments, tensors), seed)
         self._taken, self._results = current.taken, tree.hollow(results)
         return [leaf for leaf in tree.leaves(results) if isinstance(leaf, Tensor)]
@@ -265,18 +262,7 @@ def _hashable(value: Any) -> Hashable:
 def _setting(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
     """What else decides what a function computes: the rule of inner gradients, and autocast."""
     current = steering()
-    kinds = sorted({tensor.device.type for tensor in tensors})
-    autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
-    return current.rule if current else exact, *autocast, torch.get_default_dtype()
-
-
-def _autocast(kind: str) -> dict[str, Any]:
-    """What to hand to ``torch.autocast`` to have it as it is now."""
-    return {
-        "device_type": kind,
-        "enabled": torch.is_autocast_enabled(kind),
-        "dtype": torch.get_autocast_dtype(kind),
-    }
+    return current.rule if current else exact, Autocast(tensors).key, torch.get_default_dtype()
 
 
 def _constants(trees: list[Tree]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from funcmeta._errors import ArgumentError
 
@@ -44,14 +45,38 @@ def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
 def forked(seed: int) -> Iterator[None]:
     """Run a block with torch's global generators seeded with ``seed``; put their states back afterwards."""
     check_seed(seed)
-    generators = [torch.default_generator]
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        generators.extend(torch.cuda.default_generators)
-    states = [each.get_state() for each in generators]
-    try:
+    with _put_back() as generators:
         for each in generators:
             each.manual_seed(seed)
         yield
-    finally:
-        for each, state in zip(generators, states, strict=True):
+
+
+def states() -> list[Tensor]:
+    """The states of torch's global generators."""
+    return [each.get_state() for each in _generators()]
+
+
+@contextmanager
+def returned_to(states: list[Tensor]) -> Iterator[None]:
+    """Run a block with torch's global generators in earlier states; put their present ones back afterwards."""
+    with _put_back() as generators:
+        for each, state in zip(generators, states, strict=False):
             each.set_state(state)
+        yield
+
+
+@contextmanager
+def _put_back() -> Iterator[list[torch.Generator]]:
+    generators = _generators()
+    before = [each.get_state() for each in generators]
+    try:
+        yield generators
+    finally:
+        for each, state in zip(generators, before, strict=True):
+            each.set_state(state)
+
+
+def _generators() -> list[torch.Generator]:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return [torch.default_generator, *torch.cuda.default_generators]
+    return [torch.default_generator]

@@ -16,7 +16,6 @@ from funcmeta._typing import Tree
 Spec = pytree.TreeSpec
 
 
-
 class Hole:
     """Where a tensor was in a tree that keeps none."""
 

@@ -1,4 +1,4 @@
-"""compile: the same numbers under every estimator, policy and strategy; compiled once; or an error that says why not."""
+"""compile: the same numbers under every estimator, policy and strategy, compiled once; or an error that says why."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,15 +1,15 @@
 """Reptile's pseudo-gradient: from where training ended towards where it began."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from funcmeta import tree
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Meta
 from funcmeta._watch import watched
+from funcmeta.estimators._attach import attach
 from funcmeta.estimators._base import Outcome, Primal
 from funcmeta.memory import Memory, StoreAll
 
@@ -48,20 +48,4 @@ class Reptile:
             path = StoreAll().run(primal.step, meta, tree.detach(state), primal.start, primal.stop)
             last = path.losses[-1]
             way_back = tree.map(lambda before, after: (before - after) / last.numel(), state.params, path.state.params)
-        loss: Tensor = _Attach.apply(last.mean(), *tree.leaves(way_back), *tree.leaves(state.params))  # type: ignore[no-untyped-call]
-        return Outcome(loss, path)
-
-
-class _Attach(torch.autograd.Function):
-    """A value that carries given gradients: apply(value, *gradients, *tensors)."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *gradients_and_tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients_and_tensors[: len(gradients_and_tensors) // 2])
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors
-        return (None, *[None] * len(gradients), *[cotangent * gradient for gradient in gradients])
+        return Outcome(attach(last.mean(), tree.leaves(way_back), tree.leaves(state.params)), path)

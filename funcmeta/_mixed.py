@@ -1,0 +1,298 @@
+"""The inner gradient without a graph of its own, and its derivative by forward over reverse.
+
+For g = ∂ℓ/∂θ at z = (θ, φ), φ being all else that ℓ depends on, the Hessian is symmetric: vᵀ ∂g/∂z is the derivative of
+∂ℓ/∂z along (v, 0). So the derivative of an inner gradient needs neither its graph nor a second reverse pass, only one
+more evaluation of ∂ℓ/∂z in which every tensor carries a tangent.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+
+from funcmeta import rng, tree
+from funcmeta._batching import Level, task_level
+from funcmeta._context import Autocast
+from funcmeta._errors import FallbackWarning, ReplayError
+from funcmeta._exact_layers import DualLayers, exact_layers
+from funcmeta._gradient import Gradient, Objective, check_depends, exact, left, steered, tensors_of
+from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
+from funcmeta._typing import Tree
+from funcmeta._watch import watched
+
+
+def mixed(objective: Objective, params: Tree) -> Gradient:
+    """The rule of ``MixedMode``: the exact gradient, which keeps only its inputs for the backward pass."""
+    tasks = task_level()
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or (inside_functorch() and tasks is None):
+        return exact(objective, params)
+    with left(tasks, tree.leaves(params)) as thetas:
+        leaves = [inner_leaf(each) for each in thetas]
+    inner = _Inner(objective, params, tasks, thetas)
+    found = inner.first(leaves)
+    if found is None:
+        return exact(objective, params)
+    results, grads = found
+    with left(tasks, []):
+        if inner.phis or any(each.requires_grad for each in thetas):
+            together = _Mixed.apply(inner, [*results, *grads], len(thetas), *thetas, *inner.phis)  # type: ignore[no-untyped-call]
+            results, grads = together[: len(results)], together[len(results) :]
+    back = (lambda each: each) if tasks is None else tasks.lift
+    value, aux = tree.filled(inner.results, [back(each) for each in results])
+    return Gradient(value, aux, tree.like(params, [back(each) for each in grads]))
+
+
+class _Inner:
+    """An objective with everything that it depends on taken apart, so that it can be evaluated elsewhere again."""
+
+    def __init__(self, objective: Objective, params: Tree, tasks: Level | None, thetas: Sequence[Tensor]) -> None:
+        self._objective, self._params, self._tasks = objective, tree.hollow(params), tasks
+        self._states, self._autocast = rng.states(), Autocast(thetas)
+        self._captured: list[Tensor] = []
+        self.phis: list[Tensor] = []
+        self.results: Tree = None
+
+    def first(self, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Results and gradient without a graph; None when the derivative has to be taken in another way."""
+        finder = _Finder(self._tasks, leaves)
+        with torch.enable_grad():
+            with steered(mixed) as inside:
+                results = self._evaluated(leaves, finder, nullcontext())
+            if inside.taken or inside.nested:
+                finder.trouble = _NESTED
+            with left(self._tasks, []):
+                total = self.total(results)
+                check_depends(total.requires_grad)
+                check_differentiable_again(total, leaves)
+                graph = walk(results)
+                ends = {id(leaf) for leaf in graph.leaves}
+                why = finder.trouble or _trouble(graph.nodes) or finder.missed(graph.leaves, leaves)
+                if why:
+                    _warn(why)
+                    return None
+                used = [index for index, leaf in enumerate(finder.stand_ins) if id(leaf) in ends]
+                with watched(False):
+                    found = torch.autograd.grad(total, leaves, allow_unused=True)
+                check_depends(any(grad is not None for grad in found))
+                retire([*leaves, *finder.stand_ins])
+        self._captured = [finder.captured[index] for index in used]
+        self.phis = [finder.originals[index] for index in used]
+        grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
+        return [each.detach() for each in results], [grad.detach() for grad in grads]
+
+    def again(self, thetas: Sequence[Tensor], phis: Sequence[Tensor]) -> list[Tensor]:
+        """The results once more, from other tensors in the place of those that it depended on."""
+        mode = _Replaced({id(each): self._lifted(phi, each) for each, phi in zip(self._captured, phis, strict=True)})
+        level = nullcontext() if self._tasks is None else self._tasks.entered_again()
+        with level, rng.returned_to(self._states), self._autocast.again(), exact_layers():
+            results = self._evaluated(thetas, mode, watched(False))
+        own = {id(each) for each in (*thetas, *phis)}
+        if any(
+            id(leaf) not in own for leaf in walk(results, [each for each in (*thetas, *phis) if each.grad_fn]).leaves
+        ):
+            raise ReplayError(
+                "The inner loss was evaluated again in the backward pass and depended on other tensors than the first "
+                "time. Let it read what it needs from its arguments and from `meta` and `state`, or use Reverse()."
+            )
+        return results
+
+    def total(self, results: Sequence[Tensor]) -> Tensor:
+        """The loss that is differentiated: the sum over tasks."""
+        return results[0] if self._tasks is None else results[0].sum()
+
+    def _evaluated(self, thetas: Sequence[Tensor], mode: TorchFunctionMode, watch: Any) -> list[Tensor]:
+        lift = (lambda each: each) if self._tasks is None else self._tasks.lift
+        inputs = tree.filled(self._params, [lift(each) for each in thetas])
+        with mode, DualLayers(), watch:
+            results = self._objective(inputs)
+        self.results = tree.hollow(results)
+        return [each if self._tasks is None else self._tasks.lower(each) for each in tensors_of(results)]
+
+    def _lifted(self, phi: Tensor, captured: Tensor) -> Tensor:
+        return phi if self._tasks is None else self._tasks.put_back(phi, captured)
+
+
+class _Replaced(TorchFunctionMode):
+    """Inside this mode torch's functions see other tensors in the place of some."""
+
+    def __init__(self, stand_ins: dict[int, Tensor]) -> None:
+        super().__init__()
+        self._stand_ins = stand_ins
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree.map(self._replaced, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _replaced(self, leaf: Any) -> Any:
+        return self._stand_ins.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
+
+
+class _Finder(_Replaced):
+    """Finds the tensors that a function depends on besides its arguments, and puts a leaf in the place of each."""
+
+    def __init__(self, tasks: Level | None, leaves: Sequence[Tensor]) -> None:
+        super().__init__({})
+        self._tasks = tasks
+        self._start = _sequence_number()
+        self._own = {id(each) for each in leaves}
+        self.captured: list[Tensor] = []
+        self.originals: list[Tensor] = []
+        self.stand_ins: list[Tensor] = []
+        self.trouble = ""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.autograd.grad or func is Tensor.backward:
+            self.trouble = _NESTED
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _replaced(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        known = self._stand_ins.get(id(leaf))
+        if known is not None:
+            return known
+        original = get_unwrapped(leaf) if is_batchedtensor(leaf) else leaf
+        if not original.requires_grad or id(original) in self._own:
+            return leaf
+        if original.grad_fn is not None and original.grad_fn._sequence_nr() > self._start:
+            return leaf
+        stand_in = inner_leaf(original)
+        self.captured.append(leaf)
+        self.originals.append(original)
+        self.stand_ins.append(stand_in)
+        self._own.add(id(stand_in))
+        self._stand_ins[id(leaf)] = stand_in if self._tasks is None else self._tasks.put_back(stand_in, leaf)
+        return self._stand_ins[id(leaf)]
+
+    def missed(self, ends: Sequence[Tensor], leaves: Sequence[Tensor]) -> str:
+        """What to say when the results depend on more than was found."""
+        expected = {id(each) for each in (*leaves, *self.stand_ins)}
+        return "" if all(id(end) in expected for end in ends) else "the inner loss depends on a tensor in a hidden way"
+
+
+class _Mixed(torch.autograd.Function):
+    """Results and gradient of an objective, (θ, φ) ↦ (results, ∂ℓ/∂θ), as they were computed before."""
+
+    @staticmethod
+    def forward(ctx: Any, inner: _Inner, outputs: list[Tensor], count: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.inner, ctx.count, ctx.results = inner, count, len(outputs) - count
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[each for each in outputs if not each.is_floating_point()])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        by_results, along = cotangents[: ctx.results], cotangents[ctx.results :]
+        found = None if torch.is_grad_enabled() else _forward_over_reverse(ctx, by_results, along)
+        if found is None:
+            found = _reverse_over_reverse(ctx, by_results, along)
+        return (None, None, None, *found)
+
+
+def _forward_over_reverse(
+    ctx: Any, by_results: Sequence[Tensor | None], along: Sequence[Tensor | None]
+) -> list[Tensor | None] | None:
+    """∂/∂ε ∂ℓ/∂z (θ + ε v, φ), and what comes in by the results; None when an operation has no forward mode."""
+    leaves = [inner_leaf(each.contiguous()) for each in ctx.saved_tensors]
+    thetas = leaves[: ctx.count]
+    try:
+        with torch.enable_grad(), forward_ad.dual_level():
+            duals = [
+                leaf if by is None else forward_ad.make_dual(leaf, by.contiguous())  # type: ignore[no-untyped-call]
+                for leaf, by in zip(thetas, along, strict=True)
+            ]
+            results = ctx.inner.again(duals, leaves[ctx.count :])
+            sums = _pull_back(results, leaves, by_results, keep=True)
+            slopes = torch.autograd.grad(ctx.inner.total(results), leaves, allow_unused=True)
+            tangents = [None if each is None else _tangent(each) for each in slopes]
+    except (NotImplementedError, RuntimeError) as error:
+        if "forward AD" not in str(error) and "ZeroTensor" not in str(error):
+            raise
+        _warn(f"torch said: {str(error).splitlines()[0]}")
+        return None
+    finally:
+        retire(leaves)
+    return [_sum(*pair) for pair in zip(sums, tangents, strict=True)]
+
+
+def _tangent(tensor: Tensor) -> Tensor | None:
+    return forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _reverse_over_reverse(
+    ctx: Any, by_results: Sequence[Tensor | None], along: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The same through the graph of the gradient; differentiable when grad mode is on."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [alias(each) if again and each.requires_grad else inner_leaf(each) for each in ctx.saved_tensors]
+        thetas = inputs[: ctx.count]
+        results = ctx.inner.again(thetas, inputs[ctx.count :])
+        total = ctx.inner.total(results)
+        slopes = torch.autograd.grad(total, thetas, create_graph=True, allow_unused=True)
+        return _pull_back([*results, *slopes], inputs, [*by_results, *along], keep=again, again=again)
+
+
+def _pull_back(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    *,
+    keep: bool,
+    again: bool = False,
+) -> list[Tensor | None]:
+    """The gradients of the inputs for cotangents of the outputs."""
+    pairs = [
+        (out, by)
+        for out, by in zip(outputs, cotangents, strict=True)
+        if out is not None and by is not None and out.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    ends, by = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(ends, inputs, by, allow_unused=True, retain_graph=keep, create_graph=again))
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    return left if right is None else right if left is None else left + right
+
+
+def _sequence_number() -> int:
+    """The number of the latest node of the graph in this thread."""
+    with torch._C.DisableTorchFunction(), torch.enable_grad():
+        node = alias(torch.zeros((), requires_grad=True)).grad_fn
+    assert node is not None
+    return node._sequence_nr()
+
+
+def _trouble(nodes: Iterable[Node]) -> str:
+    """The name of a function of the user's own, of which it is not known whether tangents go through it."""
+    for node in nodes:
+        function = getattr(node, "_forward_cls", None)
+        if function is not None:
+            return f"the inner loss runs the autograd.Function {function.__name__}"
+    return ""
+
+
+def _warn(why: str) -> None:
+    warnings.warn(
+        f"MixedMode takes the derivative of an inner gradient by reverse over reverse, as Reverse does, because {why}. "
+        f"The result is as exact; memory and time are those of Reverse.",
+        FallbackWarning,
+        stacklevel=2,
+    )
+
+
+_NESTED = "the inner loss takes a gradient by itself"

@@ -1,0 +1,27 @@
+"""A value that carries gradients which were computed in another way than by its graph."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def attach(value: Tensor, gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """The value, whose backward pass leaves these gradients on the tensors; it can be differentiated once."""
+    return _Attach.apply(value, *gradients, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Attach(torch.autograd.Function):
+    """apply(value, *gradients, *tensors)."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *gradients_and_tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients_and_tensors[: len(gradients_and_tensors) // 2])
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        return (None, *[None] * len(gradients), *[cotangent * gradient for gradient in gradients])

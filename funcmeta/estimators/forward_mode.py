@@ -1,0 +1,165 @@
+"""The exact meta-gradient by forward mode: for few meta-parameters and any number of steps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from funcmeta import tree
+from funcmeta._errors import ArgumentError
+from funcmeta._exact_layers import DualLayers
+from funcmeta._graph import inside_functorch
+from funcmeta._typing import Meta
+from funcmeta.estimators._attach import attach
+from funcmeta.estimators._base import Outcome, Primal
+from funcmeta.estimators.reverse import Reverse
+from funcmeta.memory import Memory, StoreAll, Trajectory
+
+
+@dataclass(frozen=True)
+class ForwardMode:
+    """The exact meta-gradient, carried along with the state: dθ_{k+1}/dmeta = ∂step/∂θ · dθ_k/dmeta + ∂step/∂meta.
+
+    Every number in ``meta`` that requires grad is one direction, and all directions are pushed forward together: memory
+    is that of the state for each direction, whatever the number of steps, and nothing is kept for a backward pass, so
+    the memory policy has no effect. Time grows with the directions: for a few hyper-parameters, not for initial
+    parameters. The result can not be differentiated again.
+
+    Args:
+        chunk: directions that are pushed at once; None takes all. Fewer need less memory and more time, as the steps
+            are taken again for each chunk.
+
+    Raises:
+        ArgumentError: ``chunk`` is not a positive integer; a carry requires grad; it is run inside ``torch.func``.
+
+    Examples:
+        >>> ForwardMode()
+        ForwardMode(chunk=None)
+
+    Source: Franceschi et al. (2017), "Forward and Reverse Gradient-Based Hyperparameter Optimization", section 3.2.
+    """
+
+    chunk: int | None = None
+    unreached_advice: ClassVar[str] = (
+        "Use it in the loss or the optimizer, take it out of `meta`, or set requires_grad=False on it."
+    )
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.chunk, int) and not isinstance(self.chunk, bool) and self.chunk >= 1
+        if self.chunk is not None and not good:
+            raise ArgumentError(f"chunk is {self.chunk!r}, expected a positive integer or None. Pass e.g. chunk=8.")
+
+    def __call__(self, primal: Primal, meta: Meta, memory: Memory) -> Outcome:
+        """Take the steps with tangents, once for each chunk of directions."""
+        if inside_functorch():
+            raise ArgumentError("ForwardMode pushes tangents by torch.func and can not run inside it. Use Reverse().")
+        moving = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
+        if not moving or not torch.is_grad_enabled():
+            return Reverse()(primal, meta, StoreAll())
+        fixed = tree.detach(meta)
+        if any(leaf.requires_grad for leaf in tree.leaves(primal.init(fixed)) if isinstance(leaf, Tensor)):
+            raise ArgumentError(
+                "The initial state requires grad by itself, not through meta: ForwardMode differentiates by meta only. "
+                "Pass an earlier unroll's out.carry, which is detached, or use Reverse()."
+            )
+        count = sum(leaf.numel() for leaf in moving)
+        slopes = []
+        with torch.no_grad(), DualLayers():
+            for first in range(0, count, self.chunk or count):
+                directions = _directions(moving, first, min(first + (self.chunk or count), count))
+                loss, path, along = _pushed_run(primal, _Movable(meta), directions)
+                slopes.append(along)
+        if loss is None:
+            return Outcome(None, path)
+        parts = torch.split(torch.cat(slopes), [leaf.numel() for leaf in moving])
+        gradients = [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, moving, strict=True)]
+        return Outcome(attach(loss, gradients, moving), path)
+
+
+class _Movable:
+    """``meta`` as a function of its leaves that require grad."""
+
+    def __init__(self, meta: Meta) -> None:
+        self.point = [leaf.detach() for leaf in tree.leaves(meta) if leaf.requires_grad]
+        self._meta = tree.map(lambda leaf: tree.HOLE if leaf.requires_grad else leaf, meta)
+
+    def at(self, values: Sequence[Tensor]) -> Meta:
+        return tree.filled(self._meta, values)
+
+
+def _directions(moving: Sequence[Tensor], first: int, stop: int) -> list[Tensor]:
+    """The unit vectors ``first`` to ``stop - 1`` of the space of all numbers in these tensors, tensor by tensor."""
+    sizes = [leaf.numel() for leaf in moving]
+    rows = torch.arange(first, stop, device=moving[0].device)
+    columns = torch.arange(sum(sizes), device=moving[0].device)
+    parts = torch.split(rows[:, None] == columns, sizes, dim=1)
+    return [part.reshape(-1, *leaf.shape).to(leaf) for part, leaf in zip(parts, moving, strict=True)]
+
+
+def _pushed_run(
+    primal: Primal, movable: _Movable, directions: list[Tensor]
+) -> tuple[Tensor | None, Trajectory, Tensor]:
+    """The meta-loss, the trajectory, and the derivative of the meta-loss along each direction."""
+    count = len(movable.point)
+    state, tangents = _pushed(lambda values: primal.init(movable.at(values)), movable.point, directions)
+    losses, aux, shares = [], [], []
+    for index in range(primal.start, primal.stop):
+        hollow = _constant(state)
+
+        def step(values: Sequence[Tensor], hollow: Any = hollow, index: int = index) -> Any:
+            return primal.step(movable.at(values[:count]), tree.filled(hollow, values[count:]), index)
+
+        (state, info), along = _pushed(step, [*movable.point, *_floats(state)], [*directions, *tangents])
+        tangents, rest = along[: len(_floats(state))], along[len(_floats(state)) :]
+        losses.append(info.loss)
+        aux.append(info.aux)
+        if info.meta_loss is not None:
+            shares.append((info.meta_loss, rest[1]))
+    path = Trajectory(state, None, losses, aux)
+    if primal.meta_loss is not None:
+        judge, hollow = primal.meta_loss, _constant(state)
+        loss, (along_loss,) = _pushed(
+            lambda values: judge(movable.at(values[:count]), tree.filled(hollow, values[count:])),
+            [*movable.point, *_floats(state)],
+            [*directions, *tangents],
+        )
+        shares.append((loss, along_loss))
+    if not shares:
+        return None, path, torch.zeros(())
+    return torch.stack([each for each, _ in shares]).sum(), path, torch.stack([each for _, each in shares]).sum(0)
+
+
+def _pushed(
+    fn: Callable[[Sequence[Tensor]], Any], point: list[Tensor], directions: list[Tensor]
+) -> tuple[Any, list[Tensor]]:
+    """The result of a function, and the derivatives of its floating-point tensors along each direction."""
+    made: list[Any] = []
+
+    def flat(*values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        result = fn(values)
+        made[:] = [_constant(result, keep=False)]
+        floats = _floats(result)
+        return floats, [leaf for leaf in tree.leaves(result) if isinstance(leaf, Tensor)]
+
+    at = tuple([each.contiguous() for each in point])
+
+    def along(*tangents: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        _, slopes, every = torch.func.jvp(flat, at, tangents, has_aux=True)  # type: ignore[misc]
+        return slopes, every
+
+    both = torch.func.vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
+    slopes, every = both(*directions)
+    return tree.filled(made[0], every), slopes
+
+
+def _floats(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _constant(value: Any, *, keep: bool = True) -> Any:
+    """The tree with holes for its floating-point tensors, or, unless the others are kept, for all tensors."""
+    return tree.map(
+        lambda leaf: tree.HOLE if isinstance(leaf, Tensor) and (leaf.is_floating_point() or not keep) else leaf, value
+    )
