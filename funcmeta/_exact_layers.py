@@ -206,10 +206,10 @@ _EXACT: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _mse_loss(input: Tensor, target: Tensor, *old: Any, reduction: str = "mean", **others: Any) -> Tensor:
-    if old or any(each is not None for each in others.values()):
-        return F.mse_loss(input, target, *old, reduction=reduction, **others)
-    return _reduced((input - target) ** 2, reduction)
+def _mse_loss(input: Tensor, target: Tensor, *old: Any, **options: Any) -> Tensor:
+    if old or any(value is not None for name, value in options.items() if name != "reduction"):
+        return F.mse_loss(input, target, *old, **options)
+    return _reduced((input - target) ** 2, options.get("reduction", "mean"))
 
 
 def _huber_loss(
