@@ -87,4 +87,5 @@ def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
             Bar("funcmeta compiled / JAX", ratio(compiled, jax), 0.8, beyond=True),
         ],
         floor(runs["by hand, batched"], machine),
+        machine=dict(machine),
     )
