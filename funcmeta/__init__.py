@@ -24,7 +24,7 @@ from funcmeta.algorithms import anil, maml, meta_sgd, reptile
 from funcmeta.compare import Comparison, compare
 from funcmeta.estimators import FirstOrder, Reptile, Reverse
 from funcmeta.inspect import Finding, Readiness, inspect
-from funcmeta.memory import Segments, StoreAll
+from funcmeta.memory import Plan, Revolve, Segments, StoreAll, plan
 from funcmeta.model import FunctionalModel, functionalize, init_params
 from funcmeta.optim import (
     Transform,
@@ -76,11 +76,13 @@ __all__ = [
     "LossError",
     "MissingExtraError",
     "NonFiniteError",
+    "Plan",
     "Problem",
     "Readiness",
     "ReplayError",
     "Reptile",
     "Reverse",
+    "Revolve",
     "Segments",
     "StepInfo",
     "StoreAll",
@@ -123,6 +125,7 @@ __all__ = [
     "mutants",
     "nadam",
     "optim",
+    "plan",
     "radam",
     "reptile",
     "rmsprop",
