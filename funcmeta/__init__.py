@@ -24,7 +24,7 @@ from funcmeta.algorithms import anil, maml, meta_sgd, reptile
 from funcmeta.compare import Comparison, compare
 from funcmeta.estimators import FirstOrder, Reptile, Reverse
 from funcmeta.inspect import Finding, Readiness, inspect
-from funcmeta.memory import Plan, Revolve, Segments, StoreAll, plan
+from funcmeta.memory import Offload, Plan, Revolve, Segments, StoreAll, plan
 from funcmeta.model import FunctionalModel, functionalize, init_params
 from funcmeta.optim import (
     Transform,
@@ -76,6 +76,7 @@ __all__ = [
     "LossError",
     "MissingExtraError",
     "NonFiniteError",
+    "Offload",
     "Plan",
     "Problem",
     "Readiness",

@@ -3,6 +3,7 @@
 from funcmeta.memory._base import Memory, Step, Trajectory, advance
 from funcmeta.memory._follow import follow
 from funcmeta.memory._plan import Action, Advance, Backward, Drop, Estimate, Plan, Planned, Restore, Store, plan
+from funcmeta.memory.offload import Offload
 from funcmeta.memory.revolve import Revolve
 from funcmeta.memory.segments import Segments
 from funcmeta.memory.store_all import StoreAll
@@ -14,6 +15,7 @@ __all__ = [
     "Drop",
     "Estimate",
     "Memory",
+    "Offload",
     "Plan",
     "Planned",
     "Restore",

@@ -98,6 +98,9 @@ Action = Store | Restore | Drop | Advance | Backward
 class Planned(Protocol):
     """A memory policy whose actions follow from the number of steps alone.
 
+    Attributes:
+        replays: whether steps are run again in the backward pass.
+
     Examples:
         >>> from funcmeta.memory import StoreAll
         >>> policy: Planned = StoreAll()
@@ -107,6 +110,10 @@ class Planned(Protocol):
     Source: this library; the idea of a schedule as a list of actions is that of checkpoint_schedules (Dolci et al.
     2024).
     """
+
+    @property
+    def replays(self) -> bool:
+        """Whether steps are run again in the backward pass."""
 
     def actions(self, steps: int) -> Iterable[Action]:
         """What a run of so many steps does, in order; it begins at the state before step 0."""
