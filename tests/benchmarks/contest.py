@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ Run = Callable[[], Sequence[Any]]
 
 TOLERANCE = 1e-4
 """How far two gradients in single precision may lie apart, as a part of their norm."""
+
+LONG = 1.0
+"""Seconds from which on a run is long."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ class Floor:
     operation_seconds: float
     traffic_seconds: float
 
+    def times(self, factor: float) -> "Floor":
+        """Of a computation so many times as long."""
+        return Floor(*(factor * each for each in astuple(self)))
+
 
 @dataclass(frozen=True)
 class Result:
@@ -126,14 +133,10 @@ def flat(arrays: Iterable[Any]) -> Tensor:
 
 
 def check_agreement(contestants: Mapping[str, Run], reference: str, tolerance: float = TOLERANCE) -> dict[str, float]:
-    """The distance of each gradient from the reference's; raise when one is larger than the tolerance.
-
-    Every contestant runs twice, so that whatever it does only once lies behind it when it is timed.
-    """
+    """The distance of each gradient from the reference's; raise when one is larger than the tolerance."""
     expected = flat(contestants[reference]())
     distances = {}
     for name, run in contestants.items():
-        run()
         got = flat(run())
         distances[name] = float((got - expected).norm() / expected.norm())
         if not distances[name] <= tolerance:
@@ -147,16 +150,21 @@ def check_agreement(contestants: Mapping[str, Run], reference: str, tolerance: f
 def race(contestants: Mapping[str, Run], settings: Settings) -> list[Row]:
     """Time the contestants in turns, so that a busy moment of the machine meets them all.
 
-    Before each timed run comes one that is not: threads of the contestant before may still be spinning.
+    Before each timed run comes one that is not: threads of the contestant before may still be spinning. A run that
+    takes longer than a second is spared that after its first turn, and has three turns at least.
     """
     fewest, most = settings.rounds
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     began = time.perf_counter()
     for turn in range(most):
-        if turn >= fewest and time.perf_counter() - began > settings.seconds * len(contestants):
+        long = sum(each[-1] for each in seconds.values() if each) > LONG * len(contestants)
+        if turn >= min(fewest, 3 if long else fewest) and time.perf_counter() - began > settings.seconds * len(
+            contestants
+        ):
             break
         for name, run in contestants.items():
-            run()
+            if not seconds[name] or seconds[name][-1] < LONG:
+                run()
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
