@@ -24,16 +24,16 @@ def build(quick: bool) -> FewShot:
     return FewShot(net, F.mse_loss, tasks, steps=2 if quick else 5, lr=0.01)
 
 
-def contestants(case: FewShot, *, peers: bool) -> dict[str, Run]:
+def contestants(case: FewShot, settings: Settings) -> dict[str, Run]:
     """Everyone, the reference first."""
     found = {
-        **torch_contestants(case, peers=peers),
+        **torch_contestants(case, peers=settings.peers),
         "by hand, vmap": by_hand_vmap(case),
         "by hand, batched": by_hand_batched(case),
     }
-    if peers and find_spec("torchopt"):
+    if settings.peers and find_spec("torchopt"):
         found["torchopt sgd, vmap"] = torchopt_vmap(case)
-    if peers and find_spec("jax"):
+    if settings.peers and find_spec("jax"):
         import few_shot_jax
         import jax
 
@@ -43,7 +43,8 @@ def contestants(case: FewShot, *, peers: bool) -> dict[str, Run]:
             return x @ params[-2].T + params[-1]
 
         ways = few_shot_jax.contestants(case, forward, lambda out, y: ((out - y) ** 2).mean())
-        found.update({name: run for name, run in ways.items() if "vmap" in name})
+        names = ["jax vmap"] if settings.quick else ["jax vmap", "jax vmap, scan"]
+        found.update({name: ways[name] for name in names})
     return found
 
 
@@ -70,7 +71,7 @@ def by_hand_batched(case: FewShot) -> Run:
 def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
     """Gradients compared, then the race."""
     case = build(settings.quick)
-    runs = contestants(case, peers=settings.peers)
+    runs = contestants(case, settings)
     check_agreement(runs, "by hand, loop")
     rows = race(runs, settings)
     eager, compiled = fastest(rows, "funcmeta"), fastest(rows, "funcmeta compiled")

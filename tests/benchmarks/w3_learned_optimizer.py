@@ -125,22 +125,23 @@ def by_hand(training: Training) -> Run:
     return run
 
 
-def contestants(training: Training, *, peers: bool) -> dict[str, Run]:
+def contestants(training: Training, settings: Settings) -> dict[str, Run]:
     """Everyone, the reference first."""
     found = {"by hand, loop": by_hand(training), "funcmeta eager": funcmeta(training)}
     if hasattr(fm, "compile"):
         found["funcmeta compiled"] = funcmeta(training, compiled=True)
-    if peers and find_spec("jax"):
+    if settings.peers and find_spec("jax"):
         import w3_jax
 
-        found.update(w3_jax.contestants(training))
+        ways = w3_jax.contestants(training)
+        found.update({"jax scan": ways["jax scan"]} if settings.quick else ways)
     return found
 
 
 def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
     """Gradients compared, then the race."""
     training = build(settings.quick)
-    runs = contestants(training, peers=settings.peers)
+    runs = contestants(training, settings)
     check_agreement(runs, "by hand, loop")
     rows = race(runs, settings)
     jax = fastest(rows, "jax")
