@@ -27,7 +27,7 @@ from funcmeta.compare import Comparison, compare
 from funcmeta.compiled import compile
 from funcmeta.estimators import FirstOrder, ForwardMode, MixedMode, Reptile, Reverse
 from funcmeta.inspect import Finding, Readiness, inspect
-from funcmeta.memory import Segments, StoreAll
+from funcmeta.memory import Offload, Plan, Revolve, Segments, StoreAll, plan
 from funcmeta.model import FunctionalModel, functionalize, init_params
 from funcmeta.optim import (
     Transform,
@@ -83,11 +83,14 @@ __all__ = [
     "MissingExtraError",
     "MixedMode",
     "NonFiniteError",
+    "Offload",
+    "Plan",
     "Problem",
     "Readiness",
     "ReplayError",
     "Reptile",
     "Reverse",
+    "Revolve",
     "Segments",
     "StepInfo",
     "StoreAll",
@@ -131,6 +134,7 @@ __all__ = [
     "mutants",
     "nadam",
     "optim",
+    "plan",
     "radam",
     "reptile",
     "rmsprop",

@@ -11,7 +11,7 @@ from funcmeta._graph import Reached, check_declared, inside_functorch
 from funcmeta._typing import Batch, Meta, Tree
 from funcmeta.estimators import Estimator
 from funcmeta.memory import Memory
-from funcmeta.memory._replay import expect_use
+from funcmeta.memory._follow import expect_use
 from funcmeta.problem import Problem
 from funcmeta.tasks import Task
 
@@ -101,8 +101,8 @@ def check_attached(loss: Tensor, declared: Tree, problem: Problem, estimator: Es
 def check_every_leaf_used(reached: Reached, meta: Meta, estimator: Estimator) -> None:
     """Raise when a leaf of ``meta`` asks for a gradient that the loss does not give; under replay, later."""
     missed = {
-        index: name
-        for index, (name, leaf) in enumerate(tree.named_leaves(meta, "meta"))
+        leaf.grad_fn: name
+        for name, leaf in tree.named_leaves(meta, "meta")
         if leaf.requires_grad and leaf.grad_fn not in reached.nodes
     }
     if missed and not expect_use(reached.nodes, missed, estimator.unreached_advice):

@@ -18,7 +18,7 @@ from funcmeta._guard import check_arguments, check_attached, check_every_leaf_us
 from funcmeta._typing import Batch, Meta
 from funcmeta._watch import watched
 from funcmeta.estimators import Estimator, Primal, Reverse
-from funcmeta.memory import Memory, StoreAll
+from funcmeta.memory import Memory, Plan, StoreAll
 from funcmeta.problem import Problem, StepInfo
 from funcmeta.tasks import Task
 
@@ -48,6 +48,7 @@ class UnrollInfo(NamedTuple):
         losses: inner losses before each update, [steps] or [steps, tasks].
         aux: one entry a step, ``StepInfo.aux``.
         strategy: "single", "vmap" or "loop": how tasks were run.
+        memory: the ``Plan`` that the memory policy followed, for one task; None when there was none to follow.
 
     Examples:
         >>> UnrollInfo(torch.zeros(3), (None,) * 3, "single").losses.shape
@@ -59,6 +60,7 @@ class UnrollInfo(NamedTuple):
     losses: Tensor
     aux: tuple[Any, ...]
     strategy: str
+    memory: Plan | None = None
 
 
 class Unrolled(NamedTuple):
@@ -183,7 +185,7 @@ def run(
             reached = check_attached(loss, (own_meta, own_carry), problem, estimator)
             if carry is None and steps > 0 and not trial:
                 check_every_leaf_used(reached, own_meta, estimator)
-    info = UnrollInfo(losses.detach(), tuple(path.aux), "single" if tasks is None else "vmap")
+    info = UnrollInfo(losses.detach(), tuple(path.aux), "single" if tasks is None else "vmap", path.memory)
     return Unrolled(loss, path.state, info, Carry(tree.detach(path.state), start + steps))
 
 

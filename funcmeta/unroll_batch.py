@@ -124,6 +124,7 @@ def _loop(
         torch.stack([out.info.losses for out in outs], dim=1),
         tuple(stack(column) for column in zip(*[out.info.aux for out in outs], strict=True)),
         "loop",
+        outs[0].info.memory,
     )
     loss = torch.stack([out.loss for out in outs]).mean()
     return Unrolled(

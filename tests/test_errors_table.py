@@ -498,7 +498,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
         "or use StoreAll()",
     ),
     "a step that differs from call to call": (
-        lambda: by_hand(forgetful(), memory=fm.Segments(2)).loss.backward(),
+        lambda: by_hand(forgetful(), memory=fm.Segments(1)).loss.backward(),
         fm.ReplayError,
         "Step 0 was run again and gave the loss",
         "Or use StoreAll()",

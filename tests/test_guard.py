@@ -338,7 +338,7 @@ def test_a_leaf_without_a_gradient_is_named_at_once(strategy: str) -> None:
     assert caught.value.leaves == ("meta['temperature']", "meta['other']")
 
 
-@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("length", [1, 2])
 @pytest.mark.parametrize("strategy", ["single", "vmap"])
 def test_a_leaf_without_a_gradient_is_named_in_the_backward_pass_of_segments(strategy: str, length: int) -> None:
     loss = unused(strategy, fm.Segments(length)).loss
@@ -346,7 +346,7 @@ def test_a_leaf_without_a_gradient_is_named_in_the_backward_pass_of_segments(str
         loss.backward()
 
 
-@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("length", [1, 2])
 def test_segments_that_reach_no_leaf_at_all(length: int) -> None:
     """The state is attached, but nothing in it depends on meta."""
 

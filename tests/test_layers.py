@@ -12,7 +12,7 @@ import pytest
 
 LAYERS = (
     ("_typing", "_errors", "tree", "rng"),
-    ("_gradient", "_graph", "_batching", "_exact_layers", "_watch", "model", "optim", "linear_solve", "tasks"),
+    ("_gradient", "_graph", "_batching", "_exact_layers", "_live_bytes", "_watch", "model", "optim", "linear_solve", "tasks"),
     ("learned", "problem", "memory"),
     ("estimators",),
     ("unroll", "unroll_batch", "_guard"),

@@ -10,11 +10,12 @@ import torch
 
 from funcmeta import rng, tree
 from funcmeta._errors import ArgumentError
+from funcmeta._live_bytes import peak_bytes
 from funcmeta._typing import Meta
 from funcmeta.compare._agreement import agreement
 from funcmeta.compare._candidate import Candidate, Gradient, Result, Setting
 from funcmeta.compare._comparison import Comparison
-from funcmeta.compare._measure import Counted, median_seconds, peak_bytes
+from funcmeta.compare._measure import Counted, median_seconds
 from funcmeta.compare._rows import LeafRow, Row
 from funcmeta.compare._slopes import slopes
 from funcmeta.estimators import Estimator, FirstOrder, Reverse

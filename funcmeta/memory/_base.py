@@ -7,6 +7,7 @@ from torch import Tensor
 
 from funcmeta import tree
 from funcmeta._typing import Meta
+from funcmeta.memory._plan import Plan
 from funcmeta.problem import StepInfo
 
 Step = Callable[[Meta, Any, int], tuple[Any, StepInfo]]
@@ -21,6 +22,7 @@ class Trajectory(NamedTuple):
         share: 0-d tensor, the sum of the steps' shares of the meta-loss, attached; None when there are none.
         losses: one detached inner loss a step.
         aux: one detached ``StepInfo.aux`` a step.
+        memory: the ``Plan`` that was followed; None for a plain loop.
 
     Examples:
         >>> Trajectory(None, None, [], []).losses
@@ -33,12 +35,14 @@ class Trajectory(NamedTuple):
     share: Tensor | None
     losses: list[Tensor]
     aux: list[Any]
+    memory: Plan | None = None
 
 
 class Memory(Protocol):
     """What an exact estimator keeps of the trajectory: one method, and whether it runs steps a second time.
 
-    A policy gets the step as an argument and knows nothing else of the problem, so a new one is one new file.
+    A policy gets the step as an argument and knows nothing else of the problem, so a new one is one new file: a list of
+    ``actions`` (see ``Planned``) that ``follow`` executes.
 
     Attributes:
         replays: whether steps are run again in the backward pass, so that batches must be reproducible.
@@ -60,7 +64,7 @@ class Memory(Protocol):
         """Take the steps ``start`` to ``stop - 1`` from ``state``."""
 
 
-def advance(step: Step, meta: Meta, state: Any, start: int, stop: int) -> Trajectory:
+def advance(step: Step, meta: Meta, state: Any, start: int, stop: int, *, share: Tensor | None = None) -> Trajectory:
     """Take the steps ``start`` to ``stop - 1`` in a plain loop.
 
     Args:
@@ -69,6 +73,7 @@ def advance(step: Step, meta: Meta, state: Any, start: int, stop: int) -> Trajec
         state: the state before the first step.
         start: first index.
         stop: index after the last.
+        share: 0-d tensor, what the steps before gave to the meta-loss.
 
     Returns:
         The trajectory, attached as far as grad mode lets it be.
@@ -82,7 +87,6 @@ def advance(step: Step, meta: Meta, state: Any, start: int, stop: int) -> Trajec
 
     Source: this library.
     """
-    share: Tensor | None = None
     losses, aux = [], []
     for index in range(start, stop):
         state, info = step(meta, state, index)

@@ -1,5 +1,6 @@
 """Checks for users as well as for this library: finite differences, meta-gradients, tolerances."""
 
+from funcmeta._live_bytes import LiveBytes
 from funcmeta.testing import mutants, strategies
 from funcmeta.testing._differences import Derivative, finite_difference
 from funcmeta.testing._failures import CheckError, MetaGradientMismatch, VacuousCheckWarning
@@ -11,6 +12,7 @@ __all__ = [
     "TOLERANCES",
     "CheckError",
     "Derivative",
+    "LiveBytes",
     "MetaGradientCheck",
     "MetaGradientMismatch",
     "Tolerances",
