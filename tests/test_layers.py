@@ -12,9 +12,12 @@ import pytest
 
 LAYERS = (
     ("_typing", "_errors", "tree", "rng"),
-    ("_gradient", "_graph", "_batching", "_exact_layers", "_live_bytes", "_watch", "model", "optim", "linear_solve", "tasks"),
+    (
+        *("_batching", "_context", "_exact_layers", "_gradient", "_graph", "_live_bytes", "_lowering", "_mixed"),
+        *("_watch", "model", "optim", "linear_solve", "tasks"),
+    ),
     ("learned", "problem", "memory"),
-    ("estimators",),
+    ("compiled", "estimators"),
     ("unroll", "unroll_batch", "_guard"),
     ("algorithms", "compare", "inspect", "testing", "compat"),
     ("training", "cli"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import funcmeta as fm
 from funcmeta import optim
-from funcmeta._gradient import _rule
+from funcmeta._gradient import steering
 from funcmeta.testing import TOLERANCES
 
 STEPS = 6
@@ -270,7 +270,7 @@ def test_it_works_again_after_an_exception(fail_at: int, estimator: Any) -> None
     before = torch.get_rng_state()
     with pytest.raises(KeyboardInterrupt, match="in the middle"):
         gradient(case, fm.Segments(2), estimator=estimator)
-    assert _rule.get() is None
+    assert steering() is None
     assert torch.is_grad_enabled()
     assert torch.backends.mkldnn.enabled == flags
     assert torch.equal(torch.get_rng_state(), before)
