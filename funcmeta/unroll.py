@@ -1,7 +1,5 @@
 """Run the inner training and return a meta-loss that carries its meta-gradient."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -237,11 +235,21 @@ def _bind(
     return Primal(init, step, None if problem.meta_loss is None else meta_loss, start, stop)
 
 
-@contextmanager
-def _controlled(seed: int) -> Iterator[None]:
+class _controlled:
     """What a problem's function may lean on: draws that follow the seed, and layers with right derivatives."""
-    with rng.forked(seed), exact_layers():
-        yield
+
+    def __init__(self, seed: int) -> None:
+        self._draws, self._layers = rng.forked(seed), exact_layers()
+
+    def __enter__(self) -> None:
+        """Enter both."""
+        self._draws.__enter__()
+        self._layers.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave both."""
+        self._layers.__exit__(*error)
+        self._draws.__exit__(*error)
 
 
 def _requires_grad(value: Any) -> bool:
