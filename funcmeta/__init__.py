@@ -13,6 +13,7 @@ from funcmeta._errors import (
     FuncmetaError,
     GraphError,
     LossError,
+    MemoryBudgetError,
     MissingExtraError,
     NonFiniteError,
     ReplayError,
@@ -24,7 +25,7 @@ from funcmeta.algorithms import anil, maml, meta_sgd, reptile
 from funcmeta.compare import Comparison, compare
 from funcmeta.estimators import FirstOrder, Reptile, Reverse
 from funcmeta.inspect import Finding, Readiness, inspect
-from funcmeta.memory import Offload, Plan, Revolve, Segments, StoreAll, plan
+from funcmeta.memory import Budget, Offload, Plan, Revolve, Segments, StoreAll, budget, plan
 from funcmeta.model import FunctionalModel, functionalize, init_params
 from funcmeta.optim import (
     Transform,
@@ -62,6 +63,7 @@ from funcmeta.unroll_batch import unroll_batch
 __all__ = [
     "TOLERANCES",
     "ArgumentError",
+    "Budget",
     "CapturedTensorError",
     "Carry",
     "Comparison",
@@ -74,6 +76,7 @@ __all__ = [
     "GraphError",
     "InnerState",
     "LossError",
+    "MemoryBudgetError",
     "MissingExtraError",
     "NonFiniteError",
     "Offload",
@@ -103,6 +106,7 @@ __all__ = [
     "amsgrad",
     "anil",
     "apply_updates",
+    "budget",
     "chain",
     "check_meta_grad",
     "check_transform",
