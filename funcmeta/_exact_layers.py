@@ -135,11 +135,11 @@ def _normalized(
     eps: float,
 ) -> Tensor:
     """(input − mean) / √(variance + eps) · weight + bias, with the statistics taken over some dimensions."""
-    variance, mean = torch.var_mean(input, over, correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + eps)
+    centered = input - input.mean(over, keepdim=True)  # torch.var_mean takes six times as long on a CPU
+    scale = torch.rsqrt(centered.square().mean(over, keepdim=True) + eps)
     if weight is not None:
         scale = scale * weight.reshape(shape)
-    out = (input - mean) * scale
+    out = centered * scale
     return out if bias is None else out + bias.reshape(shape)
 
 

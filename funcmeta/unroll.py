@@ -16,7 +16,7 @@ from funcmeta._guard import check_arguments, check_attached, check_every_leaf_us
 from funcmeta._typing import Batch, Meta
 from funcmeta._watch import watched
 from funcmeta.estimators import Estimator, Primal, Reverse
-from funcmeta.memory import Memory, Plan, StoreAll
+from funcmeta.memory import Budget, Memory, Plan, StoreAll
 from funcmeta.problem import Problem, StepInfo
 from funcmeta.tasks import Task
 
@@ -171,6 +171,8 @@ def run(
     with torch.set_grad_enabled(torch.is_grad_enabled() and _requires_grad((meta, carry))):
         own_meta, own_carry = tree.map(_own, (meta, carry))
         primal = _bind(problem, task, own_carry, start, start + steps, seed, tasks)
+        if isinstance(memory, Budget) and primal.meta_loss is not None:
+            memory = memory.reserving(primal.meta_loss, own_meta, primal.init(own_meta))
         loss, path = estimator(primal, own_meta, memory)
         if loss is None:
             raise ArgumentError(
