@@ -11,6 +11,7 @@ Recurrent layers have no batching rule, but ``torch.func.vjp`` takes them apart 
 RMS normalization are right as they are.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -135,12 +136,12 @@ def _normalized(
     eps: float,
 ) -> Tensor:
     """(input − mean) / √(variance + eps) · weight + bias, with the statistics taken over some dimensions."""
-    centered = input - input.mean(over, keepdim=True)  # torch.var_mean takes six times as long on a CPU
-    scale = torch.rsqrt(centered.square().mean(over, keepdim=True) + eps)
+    count = math.prod(input.shape[dim] for dim in over)  # torch.var_mean takes six times as long on a CPU,
+    centered = input - input.sum(over, keepdim=True) / count  # and the derivative of a mean writes out its quotient
+    scale = torch.rsqrt(centered.square().sum(over, keepdim=True) / count + eps)
     if weight is not None:
         scale = scale * weight.reshape(shape)
-    out = centered * scale
-    return out if bias is None else out + bias.reshape(shape)
+    return centered * scale if bias is None else torch.addcmul(bias.reshape(shape), centered, scale)
 
 
 def _native_batch_norm(

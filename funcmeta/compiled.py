@@ -15,7 +15,7 @@ from funcmeta._errors import ArgumentError, CompileError, GraphError
 from funcmeta._exact_layers import exact_layers
 from funcmeta._gradient import exact, steered, steering
 from funcmeta._graph import inside_functorch
-from funcmeta._lowering import Derivative, Lowered, compare
+from funcmeta._lowering import Derivative, Lowered, contiguous
 from funcmeta._typing import Tree
 from funcmeta.problem import Problem
 
@@ -116,7 +116,7 @@ class Compiled:
         with torch._C.DisableTorchFunction():
             tensors: list[Tensor] = []
             structure = (_structure(trees, tensors), *_setting(tensors))
-            tensors = [tensor.contiguous() for tensor in tensors]
+            tensors = [contiguous(tensor) for tensor in tensors]
             shapes = tuple([tensor.shape for tensor in tensors])
             variant = self._variants.get((structure, shapes))
         if variant is None:
@@ -162,7 +162,6 @@ class _Variant:
         self._rule = current.rule if current else exact
         self._autocast = Autocast(tensors)
         self.lowered = Lowered(self._flat, tensors, seed, vary, options, where)
-        compare(self.lowered(tensors, seed), self.lowered.plain(tensors, seed), "result")
         self._derivatives: dict[tuple[bool, ...], Derivative] = {}
 
     def __call__(self, tensors: list[Tensor], seed: int) -> Tree:
@@ -182,7 +181,7 @@ class _Variant:
                 tensor if reached else tensor.detach()
                 for tensor, reached in zip(tensors, derivative.reached, strict=True)
             ]
-            return tree.filled(self._results, _Step.apply(self.lowered, derivative, seed, *inputs))  # type: ignore[no-untyped-call]
+            return tree.filled(self._results, _Step.apply(derivative, seed, *inputs))  # type: ignore[no-untyped-call]
 
     def _flat(self, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
         with rng.forked(seed), exact_layers(), self._autocast.again(), steered(self._rule) as current:
@@ -195,10 +194,11 @@ class _Step(torch.autograd.Function):
     """A compiled function in the graph: its backward pass is the compiled derivative."""
 
     @staticmethod
-    def forward(ctx: Any, lowered: Lowered, derivative: Derivative, seed: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        results = _distinct(lowered(tensors, seed), tensors)
+    def forward(ctx: Any, derivative: Derivative, seed: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results, kept = derivative.forward(tensors, seed)
+        results = _distinct(results, tensors)
         ctx.derivative, ctx.seed = derivative, seed
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, *kept)
         moving = list(zip(results, derivative.differentiable, strict=True))
         ctx.kinds = [(each.shape, each.dtype, each.device) for each, moves in moving if moves]
         ctx.mark_non_differentiable(*[each for each, moves in moving if not moves])
@@ -218,8 +218,9 @@ class _Step(torch.autograd.Function):
             torch.zeros(shape, dtype=dtype, device=device) if each is None else each
             for each, (shape, dtype, device) in zip(given, ctx.kinds, strict=True)
         ]
-        found = derivative(ctx.saved_tensors, filled, ctx.seed)
-        return (None, None, None, *[next(found) if reached else None for reached in derivative.reached])
+        tensors, kept = ctx.saved_tensors[: len(derivative.reached)], ctx.saved_tensors[len(derivative.reached) :]
+        found = derivative.backward(tensors, kept, filled, ctx.seed)
+        return (None, None, *[next(found) if reached else None for reached in derivative.reached])
 
 
 def _distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:

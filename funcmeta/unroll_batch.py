@@ -1,7 +1,7 @@
 """Unroll many tasks at once, and average their meta-losses."""
 
 import time
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,9 +42,9 @@ def unroll_batch(
         tasks: one ``Task`` whose tensors have a leading task dimension T, or whose support is a function of the step
             that returns such a batch.
         steps: number of inner steps, 0 or more.
-        strategy: "vmap" runs the tasks as one batched computation; "loop" one after the other; "auto" takes one step
-            both ways on the first call with these shapes, keeps the faster one in mind, and reports it in
-            ``out.info.strategy``.
+        strategy: "vmap" runs the tasks as one batched computation; "loop" one after the other; "auto" takes one and
+            two steps both ways on the first call with these shapes, keeps in mind what they took, chooses by that for
+            the number of steps, and reports the choice in ``out.info.strategy``.
         estimator: as for ``unroll``.
         memory: as for ``unroll``.
         seed: as for ``unroll``. With dropout or other draws, "vmap" and "loop" draw differently from one seed.
@@ -88,7 +88,7 @@ def unroll_batch(
     if strategy == "auto" and not steps:
         strategy = "vmap"
     if strategy == "auto":
-        strategy = _faster(problem, meta, tasks, first, number, estimator, seed)
+        strategy = _faster(problem, meta, tasks, first, number, estimator, steps, seed)
     if strategy == "vmap":
         return run(
             problem, meta, tasks, steps=steps, estimator=estimator, memory=memory, seed=seed, carry=carry, tasks=number
@@ -137,35 +137,49 @@ def _loop(
     )
 
 
-_known: WeakKeyDictionary[Any, dict[Any, Strategy]] = WeakKeyDictionary()
+class _Cost(NamedTuple):
+    """Seconds of an unroll of one step and its meta-gradient, and of each further step."""
+
+    one: float
+    further: float
+
+    def of(self, steps: int) -> float:
+        return self.one + (steps - 1) * self.further
+
+
+_known: WeakKeyDictionary[Any, dict[Any, dict[Strategy, _Cost]]] = WeakKeyDictionary()
 
 
 def _faster(
-    problem: Problem, meta: Meta, tasks: Task, first: Any, number: int, estimator: Estimator, seed: int
+    problem: Problem, meta: Meta, tasks: Task, first: Any, number: int, estimator: Estimator, steps: int, seed: int
 ) -> Strategy:
-    """The strategy that takes one step and its derivative in less time here, measured once per shapes and device."""
+    """The strategy that takes less time for so many steps here, measured once per shapes and device."""
     leaves = [leaf for leaf in tree.leaves((meta, first, tasks.query)) if isinstance(leaf, Tensor)]
     key = (estimator, *[(leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves])
     known = _known.setdefault(getattr(problem.step, "__func__", problem.step), {})
     if key not in known:
-        strategies: tuple[Strategy, ...] = ("vmap", "loop")
-        known[key] = min(strategies, key=lambda each: _seconds(each, problem, meta, tasks, number, estimator, seed))
-    return known[key]
+        ways: tuple[Strategy, ...] = ("vmap", "loop")
+        known[key] = {each: _measured(each, problem, meta, tasks, number, estimator, seed) for each in ways}
+    costs = known[key]
+    return min(costs, key=lambda each: costs[each].of(steps))
 
 
-def _seconds(
+def _measured(
     strategy: Strategy, problem: Problem, meta: Meta, tasks: Task, number: int, estimator: Estimator, seed: int
-) -> float:
-    """Time of one step and its meta-gradient, the second time it is run; infinite when vmap can not run the step."""
+) -> _Cost:
+    """What a strategy costs, when it is run for the second time; infinite when vmap can not run the step.
 
-    def once() -> float:
+    One step alone would not tell: all tasks begin at the same parameters, which makes the first step a cheaper one.
+    """
+
+    def seconds(steps: int) -> float:
         began = time.perf_counter()
         if strategy == "vmap":
-            out = run(problem, meta, tasks, steps=1, estimator=estimator, seed=seed, tasks=number, trial=True)
+            out = run(problem, meta, tasks, steps=steps, estimator=estimator, seed=seed, tasks=number, trial=True)
             loss = out.loss
         else:
             every = [unstack(tasks, index) for index in range(number)]
-            outs = [run(problem, meta, task, steps=1, estimator=estimator, seed=seed, trial=True) for task in every]
+            outs = [run(problem, meta, task, steps=steps, estimator=estimator, seed=seed, trial=True) for task in every]
             loss = torch.stack([out.loss for out in outs]).mean()
         wanted = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
         if loss.requires_grad:
@@ -175,11 +189,12 @@ def _seconds(
         return time.perf_counter() - began
 
     try:
-        once()
-        return once()
+        seconds(2)
+        one, two = (min(seconds(steps) for _ in range(2)) for steps in (1, 2))
+        return _Cost(one, max(two - one, 0.0))
     except FuncmetaError:
         raise
     except RuntimeError:
         if strategy == "vmap":
-            return float("inf")
+            return _Cost(float("inf"), 0.0)
         raise

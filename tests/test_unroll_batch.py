@@ -183,11 +183,11 @@ def test_auto_measures_once_and_keeps_the_faster_in_mind(faster: str, monkeypatc
     problem, meta, tasks = setting()
     counted, measured = Counted(problem), []
 
-    def seconds(strategy: str, *arguments: Any) -> float:
+    def cost(strategy: str, *arguments: Any) -> Any:
         measured.append(strategy)
-        return 1.0 if strategy == faster else 2.0
+        return fm.unroll_batch.__globals__["_Cost"](1.0 if strategy == faster else 2.0, 0.0)
 
-    monkeypatch.setitem(fm.unroll_batch.__globals__, "_seconds", seconds)
+    monkeypatch.setitem(fm.unroll_batch.__globals__, "_measured", cost)
     for _ in range(3):
         out = fm.unroll_batch(counted.problem, meta, tasks, steps=2)
         assert out.info.strategy == faster
@@ -199,16 +199,25 @@ def test_auto_measures_once_and_keeps_the_faster_in_mind(faster: str, monkeypatc
     assert measured == ["vmap", "loop"] * 4
 
 
-def test_auto_costs_one_step_twice_by_each_strategy() -> None:
+def test_auto_chooses_by_the_number_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, meta, tasks = setting()
+    counted, cost = Counted(problem), fm.unroll_batch.__globals__["_Cost"]
+    costs = {"vmap": cost(3.0, 1.0), "loop": cost(1.0, 2.0)}
+    monkeypatch.setitem(fm.unroll_batch.__globals__, "_measured", lambda strategy, *rest: costs[strategy])
+    chosen = [fm.unroll_batch(counted.problem, meta, tasks, steps=steps).info.strategy for steps in (1, 2, 4, 5)]
+    assert chosen == ["loop", "loop", "vmap", "vmap"]
+
+
+def test_auto_costs_eight_steps_by_each_strategy() -> None:
     problem, meta, tasks = setting()
     counted = Counted(problem)
     first = fm.unroll_batch(counted.problem, meta, tasks, steps=4)
     own = 4 if first.info.strategy == "vmap" else 4 * TASKS
-    assert counted.calls == 2 + 2 * TASKS + own
+    assert counted.calls == 8 + 8 * TASKS + own
     assert first.info.strategy in ("vmap", "loop")
     again = fm.unroll_batch(counted.problem, meta, tasks, steps=4)
     assert again.info.strategy == first.info.strategy
-    assert counted.calls == 2 + 2 * TASKS + 2 * own
+    assert counted.calls == 8 + 8 * TASKS + 2 * own
 
 
 class Branching(nn.Module):
