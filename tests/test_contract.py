@@ -16,7 +16,7 @@ from funcmeta.testing import TOLERANCES, MetaGradientCheck, MetaGradientMismatch
 from funcmeta.testing._differences import probes
 from funcmeta.testing.mutants import MUTANTS
 
-MEMORIES = (fm.Segments(1), fm.Segments(2), fm.Segments())
+MEMORIES = (fm.Segments(1), fm.Revolve(2), fm.Segments(), fm.Offload(fm.Segments(2)))
 MANY = ("loop", "vmap")
 cases = pytest.mark.parametrize(("model", "optimizer", "steps"), CASES)
 pairs = pytest.mark.parametrize(("model", "optimizer"), PAIRS)

@@ -210,7 +210,7 @@ class _Run:
         path = Trajectory(initial, None, [], [])
         for action in self._after:
             if isinstance(action, Backward):
-                state = tree.map(_leaf, path.state) if action.start else initial
+                state = tree.map(_leaf, path.state)
                 gradients = self._pull_back(meta, state, *action, cotangents)
                 total = [_sum(*pair) for pair in zip(total, gradients, strict=False)]
                 cotangents = [*gradients[self.meta_tensors :], cotangents[-1]]

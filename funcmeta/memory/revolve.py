@@ -17,7 +17,7 @@ class Revolve:
 
     The binomial schedule takes the fewest evaluations that m states allow: for K steps
     K + r · K - binom(m + r, m + 1), with r the least number such that binom(m + r, m) ≥ K. That is about
-    (1 + r) · K: with 12 states 2.95 K for 100 steps, 4.37 K for 1000. Under ``create_graph=True`` the graph of all
+    (1 + r) · K: with 12 states 2.95 K for 100 steps, 4.44 K for 1000. Under ``create_graph=True`` the graph of all
     steps is built, as with ``StoreAll``.
 
     Args:

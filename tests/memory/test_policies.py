@@ -231,6 +231,33 @@ def test_what_was_stored_goes_with_the_loss() -> None:
         gc.enable()
 
 
+def test_a_leaf_that_some_steps_hand_on_makes_no_circle() -> None:
+    """Such a tensor is stored, and is what the Function returns."""
+    made = weakref.WeakSet[Any]()
+
+    def step(meta: Any, state: Any, batch: Any, seed: int) -> Any:
+        loss, slope = fm.value_and_grad(lambda w: (torch.sin(w) ** 2).sum())(state["w"])
+        new = state["w"] - meta * slope
+        old = new * 2 if state["count"] == 1 else state["old"]
+        made.update([new.untyped_storage(), old.untyped_storage()])
+        return {"w": new, "old": old, "count": state["count"] + 1}, fm.StepInfo(loss)
+
+    problem = fm.Problem(
+        lambda meta, task, seed: {"w": torch.ones(3), "old": torch.ones(3), "count": 0},
+        step,
+        lambda meta, state, query, seed: (state["w"] * state["old"]).sum(),
+    )
+    case = Setting(problem, torch.tensor(0.2, requires_grad=True), fm.Task(torch.ones(1), None))
+    gc.collect()
+    gc.disable()
+    try:
+        out = fm.unroll(*case, steps=20, memory=fm.Segments(4))
+        del out
+        assert len(made) == 0
+    finally:
+        gc.enable()
+
+
 # ---- after an exception, and twice
 
 
