@@ -167,7 +167,8 @@ class _Finder(_Replaced):
             return leaf
         if original.grad_fn is not None and original.grad_fn._sequence_nr() > self._start:
             return leaf
-        stand_in = inner_leaf(original)
+        with left(self._tasks, []):
+            stand_in = inner_leaf(original)
         self.captured.append(leaf)
         self.originals.append(original)
         self.stand_ins.append(stand_in)
