@@ -6,7 +6,7 @@ more evaluation of ∂ℓ/∂z in which every tensor carries a tangent.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ from funcmeta import rng, tree
 from funcmeta._batching import Level, task_level
 from funcmeta._context import Autocast
 from funcmeta._errors import FallbackWarning, ReplayError
-from funcmeta._exact_layers import DualLayers, exact_layers
+from funcmeta._exact_layers import DualLayers, exact_layers, wrong_in_forward_mode
 from funcmeta._gradient import Gradient, Objective, check_depends, exact, left, steered, tensors_of
 from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
 from funcmeta._typing import Tree
@@ -278,8 +278,11 @@ def _sequence_number() -> int:
     return node._sequence_nr()
 
 
-def _trouble(nodes: Iterable[Node]) -> str:
-    """The name of a function of the user's own, of which it is not known whether tangents go through it."""
+def _trouble(nodes: Collection[Node]) -> str:
+    """What tangents may not go through: a function of the user's own, or one that torch gets wrong."""
+    wrong = wrong_in_forward_mode(nodes)
+    if wrong:
+        return f"torch differentiates the gradient of {wrong} wrongly in forward mode"
     for node in nodes:
         function = getattr(node, "_forward_cls", None)
         if function is not None:

@@ -1,6 +1,7 @@
 """The exact meta-gradient by forward mode: for few meta-parameters and any number of steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
-from funcmeta._errors import ArgumentError
-from funcmeta._exact_layers import DualLayers
-from funcmeta._graph import inside_functorch
-from funcmeta._typing import Meta
+from funcmeta._errors import ArgumentError, GraphError
+from funcmeta._exact_layers import DualLayers, wrong_in_forward_mode
+from funcmeta._gradient import Gradient, Objective, exact, steered
+from funcmeta._graph import inside_functorch, walk
+from funcmeta._typing import Meta, Tree
 from funcmeta.estimators._attach import attach
 from funcmeta.estimators._base import Outcome, Primal
 from funcmeta.estimators.reverse import Reverse
@@ -33,6 +35,7 @@ class ForwardMode:
 
     Raises:
         ArgumentError: ``chunk`` is not a positive integer; a carry requires grad; it is run inside ``torch.func``.
+        GraphError: an operation has no forward mode, or torch has its second derivative wrong there.
 
     Examples:
         >>> ForwardMode()
@@ -66,7 +69,7 @@ class ForwardMode:
             )
         count = sum(leaf.numel() for leaf in moving)
         slopes = []
-        with torch.no_grad(), DualLayers():
+        with torch.no_grad(), DualLayers(), _explained():
             for first in range(0, count, self.chunk or count):
                 directions = _directions(moving, first, min(first + (self.chunk or count), count))
                 loss, path, along = _pushed_run(primal, _Movable(meta), directions)
@@ -109,7 +112,8 @@ def _pushed_run(
         hollow = _constant(state)
 
         def step(values: Sequence[Tensor], hollow: Any = hollow, index: int = index) -> Any:
-            return primal.step(movable.at(values[:count]), tree.filled(hollow, values[count:]), index)
+            with steered(_checked):
+                return primal.step(movable.at(values[:count]), tree.filled(hollow, values[count:]), index)
 
         (state, info), along = _pushed(step, [*movable.point, *_floats(state)], [*directions, *tangents])
         tangents, rest = along[: len(_floats(state))], along[len(_floats(state)) :]
@@ -152,6 +156,35 @@ def _pushed(
     both = torch.func.vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
     slopes, every = both(*directions)
     return tree.filled(made[0], every), slopes
+
+
+def _checked(objective: Objective, params: Tree) -> Gradient:
+    """The exact gradient, by formulas that can be differentiated, where torch has these right in forward mode."""
+
+    def looked_at(inputs: Tree) -> tuple[Tensor, Any]:
+        value, aux = objective(inputs)
+        wrong = wrong_in_forward_mode(walk([value]).nodes)
+        if wrong:
+            raise GraphError(
+                f"The inner loss runs {wrong}, whose gradient torch differentiates wrongly in forward mode. Use "
+                f"Reverse() or MixedMode()."
+            )
+        return value, aux
+
+    with torch.enable_grad():
+        return exact(looked_at, params)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do when torch has no forward mode for an operation."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise GraphError(
+            f"ForwardMode met an operation without forward mode; torch said: {str(error).splitlines()[0]} "
+            f"Use Reverse() or MixedMode()."
+        ) from error
 
 
 def _floats(value: Any) -> list[Tensor]:
