@@ -294,8 +294,8 @@ def first_task(tasks: fm.Task) -> fm.Task:
     return fm.Task(*fm.tree.map(lambda leaf: leaf[0], tasks[:2]))
 
 
-def loss_of(case: Setting, estimator: Any, strategy: str = "single", memory: Any = fm.StoreAll(), **more: Any) -> Tensor:  # noqa: B008
-    options = {"steps": STEPS, "estimator": estimator, "memory": memory, **more}
+def loss_of(case: Setting, estimator: Any, strategy: str = "single", memory: Any = None, **more: Any) -> Tensor:
+    options = {"steps": STEPS, "estimator": estimator, "memory": memory or fm.StoreAll(), **more}
     if strategy == "single":
         return fm.unroll(case.problem, case.meta, first_task(case.tasks), **options).loss
     return fm.unroll_batch(case.problem, case.meta, case.tasks, strategy=strategy, **options).loss  # type: ignore[arg-type]
@@ -348,3 +348,369 @@ def test_it_equals_finite_differences(name: str) -> None:
     problem, meta, tasks = SETTINGS[name]()
     figures = fm.testing.check_meta_grad(problem, meta, first_task(tasks), steps=STEPS, estimator=fm.MixedMode())
     assert not figures.vacuous
+
+
+# ---- where forward over reverse does not go
+
+
+class Cube(torch.autograd.Function):
+    """x³ with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * by * x**2
+
+
+class OnceCube(Cube):
+    """The same, differentiable once only."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * by * x**2
+
+
+def cubing(meta: Any, w: Tensor, batch: Any) -> Tensor:
+    return wavy(Cube.apply(w * meta["a"]), batch)  # type: ignore[no-untyped-call]
+
+
+def taking_gradients(meta: Any, w: Tensor, batch: Any) -> Tensor:
+    slope = fm.value_and_grad(lambda u: wavy(u * meta["a"], batch))(w)[1]
+    return wavy(w - 0.1 * slope, batch)
+
+
+def taking_gradients_of_torch(meta: Any, w: Tensor, batch: Any) -> Tensor:
+    (slope,) = torch.autograd.grad(wavy(w * meta["a"], batch), w, create_graph=True)
+    return wavy(w - 0.1 * slope, batch)
+
+
+def unrolling(meta: Any, w: Tensor, batch: Any) -> Tensor:
+    """The loss after an inner training of its own."""
+    inner = descending(lambda meta, u, batch: wavy(u * meta["a"], batch))
+    own = {"w": w, "lr": meta["lr"], "a": meta["a"]}
+    task = fm.Task((batch[0].detach(), batch[1]), (batch[0].detach(), batch[1]))
+    return fm.unroll(inner.problem, own, task, steps=2).loss
+
+
+def square_of(meta: Any, w: Tensor) -> Tensor:
+    return torch.outer(w, meta["a"].sin()) + 2 * torch.eye(3, dtype=w.dtype)
+
+
+FALLBACKS: dict[str, tuple[Callable[[Any, Tensor, Any], Tensor], str]] = {
+    "a gradient in the loss": (taking_gradients, "the inner loss takes a gradient by itself"),
+    "torch's gradient in the loss": (taking_gradients_of_torch, "the inner loss takes a gradient by itself"),
+    "an unroll in the loss": (unrolling, "the inner loss takes a gradient by itself"),
+    "an autograd.Function": (
+        cubing,
+        "the inner loss runs the autograd.Function Cube",
+    ),
+    "an operation without forward mode": (
+        lambda meta, w, batch: F.soft_margin_loss(w * meta["a"], torch.ones_like(w)),
+        "torch said: Trying to use forward AD with soft_margin_loss_backward",
+    ),
+    "grid sampling": (
+        lambda meta, w, batch: torch.cos(
+            F.grid_sample(
+                torch.outer(w, w)[None, None], (w * meta["a"]).tanh().expand(1, 2, 2, 3)[..., :2], align_corners=True
+            )
+        ).sum(),
+        "torch said: Trying to use forward AD with grid_sampler_2d",
+    ),
+    "det": (
+        lambda meta, w, batch: torch.det(square_of(meta, w)).sin(),
+        "torch differentiates the gradient of torch.linalg.det wrongly in forward mode",
+    ),
+    "logdet": (
+        lambda meta, w, batch: torch.logdet(square_of(meta, w)) ** 2,
+        "torch differentiates the gradient of torch.linalg.slogdet wrongly in forward mode",
+    ),
+    "solve": (
+        lambda meta, w, batch: torch.linalg.solve(square_of(meta, w), w).sin().sum(),
+        "torch differentiates the gradient of torch.linalg.solve wrongly in forward mode",
+    ),
+    "cumprod": (
+        lambda meta, w, batch: (w * meta["a"]).cumprod(0).sin().sum(),
+        "torch differentiates the gradient of torch.cumprod wrongly in forward mode",
+    ),
+    "scatter_reduce": (
+        lambda meta, w, batch: (
+            torch.ones(2, dtype=w.dtype)
+            .scatter_reduce(0, torch.tensor([0, 1, 1]), w * meta["a"], reduce="prod")
+            .sin()
+            .sum()
+        ),
+        "torch differentiates the gradient of torch.scatter_reduce wrongly in forward mode",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("strategy", ["single", "vmap"])
+@pytest.mark.parametrize(("loss", "why"), FALLBACKS.values(), ids=FALLBACKS)
+def test_a_fallback_is_told_and_exact(loss: Any, why: str, strategy: str) -> None:
+    if strategy == "vmap" and loss in (taking_gradients_of_torch, unrolling, cubing):
+        pytest.skip("what this loss does, torch can not do inside vmap")
+    case = descending(loss, {"a": leaf(0.7, 1.1, 0.4)})
+    for twice in (False, True):
+        expected = gradient(case, fm.Reverse(), strategy, twice=twice)
+        with pytest.warns(fm.FallbackWarning, match="MixedMode takes the derivative .* The result is as exact") as told:
+            got = gradient(case, fm.MixedMode(), strategy, fm.StoreAll() if twice else fm.Segments(2), twice=twice)
+        assert all(why in str(each.message) for each in told if each.category is fm.FallbackWarning)
+        close(got, expected)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_step_without_an_inner_gradient_is_told() -> None:
+    def step(meta: Any, w: Tensor, batch: Any, seed: int) -> Any:
+        slope = torch.func.grad(wavy)(w, batch)
+        return w - meta["lr"] * slope, fm.StepInfo(wavy(w, batch))
+
+    case = by_hand(step)
+    with pytest.warns(fm.FallbackWarning, match=r"nothing to do in step \d, which took no gradient .* as by Reverse"):
+        got = gradient(case, fm.MixedMode())
+    close(got, gradient(case, fm.Reverse()))
+
+
+def test_a_loss_that_can_be_differentiated_once_is_refused() -> None:
+    case = descending(lambda meta, w, batch: wavy(OnceCube.apply(w), batch))  # type: ignore[no-untyped-call]
+    with pytest.raises(fm.DetachedError, match=r"OnceCube, an autograd\.Function whose backward is marked"):
+        loss_of(case, fm.MixedMode())
+
+
+def test_a_compiled_loss_is_refused() -> None:
+    compiled = torch.compile(wavy, backend="aot_eager")
+    case = descending(lambda meta, w, batch: compiled(w, batch))
+    with pytest.raises(fm.DetachedError, match=r"compiled by torch\.compile"):
+        loss_of(case, fm.MixedMode())
+
+
+def test_a_detached_loss_is_refused() -> None:
+    case = descending(lambda meta, w, batch: wavy(w.detach(), batch))
+    with pytest.raises(fm.DetachedError, match="does not depend on the parameters"):
+        loss_of(case, fm.MixedMode())
+
+
+@pytest.mark.parametrize("strategy", ["single", "vmap"])
+@pytest.mark.parametrize("memory", [fm.StoreAll(), fm.Segments(1)], ids=repr)
+def test_a_captured_tensor_is_refused(strategy: str, memory: Any) -> None:
+    outside = leaf(0.5, 0.2, 0.1)
+    case = descending(lambda meta, w, batch: wavy(w * outside, batch))
+    with pytest.raises(fm.CapturedTensorError, match="`outside`"):
+        loss_of(case, fm.MixedMode(), strategy, memory)
+
+
+@pytest.mark.parametrize("estimator", [fm.Reverse(), fm.MixedMode()], ids=repr)
+def test_a_leaf_made_inside_the_loss_is_refused(estimator: Any) -> None:
+    case = descending(lambda meta, w, batch: wavy(w * torch.ones(3, dtype=w.dtype, requires_grad=True), batch))
+    with pytest.raises(fm.CapturedTensorError):
+        loss_of(case, estimator)
+
+
+def test_a_loss_that_depends_on_something_else_the_second_time() -> None:
+    many = [leaf(0.5), leaf(0.7)]
+
+    def loss(meta: Any, w: Tensor, batch: Any) -> Tensor:
+        return wavy(w * meta["many"][len(ran) % 2], batch)
+
+    case, ran = descending(loss), [0]
+    case.meta["many"] = many
+    task = first_task(case.tasks)
+    total = fm.unroll(
+        case.problem, case.meta, task, steps=2, estimator=fm.MixedMode(), carry=fm.Carry(case.meta["w"], 0)
+    )
+    ran.append(1)
+    with pytest.raises(fm.ReplayError, match="depended on other tensors than the first time"):
+        total.loss.backward()
+
+
+# ---- cost
+
+
+def counted(memory: Any, estimator: Any, strategy: str = "single") -> tuple[int, int]:
+    """How often the user's loss runs: until the meta-loss, and in the backward pass."""
+    ran = [0]
+
+    def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+        ran[0] += 1
+        return mse(meta, predict, batch)
+
+    case = of_module(mlp(), loss)
+    total = loss_of(case, estimator, strategy, memory, steps=6)
+    forward = ran[0]
+    total.backward()
+    return forward, ran[0] - forward
+
+
+@pytest.mark.parametrize("strategy", ["single", "vmap"])
+@pytest.mark.parametrize(
+    ("memory", "backward"),
+    [(fm.StoreAll(), 6), (fm.Segments(2), 10), (fm.Segments(1), 11), (fm.Revolve(3), None)],
+    ids=str,
+)
+def test_each_step_is_evaluated_once_more(memory: Any, backward: int | None, strategy: str) -> None:
+    """One evaluation for the derivative of each step, beyond those of the policy; the meta-loss once."""
+    repeated = fm.plan(memory, 6).evaluations - 6
+    assert backward in (None, 6 + repeated)
+    assert counted(memory, fm.MixedMode(), strategy) == (7, 6 + repeated)
+    assert counted(memory, fm.Reverse(), strategy) == (7, repeated)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(3, 8, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])  # type: ignore[no-any-return]
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2)),
+        (64, 3),
+    ),
+    "lstm": (Recurrent, (16, 12, 3)),
+}
+
+
+def peak(net: str, estimator: Any, memory: Any, steps: int) -> int:
+    build, shape = NETS[net]
+    with fm.rng.forked(2):
+        module = build().double()
+        batch = numbers(*shape), numbers(shape[0], 2)
+    case = of_module(module)._replace(tasks=fm.Task(batch, batch))
+    gc.collect()
+    with LiveBytes() as live:
+        out = fm.unroll(case.problem, case.meta, case.tasks, steps=steps, estimator=estimator, memory=memory)
+        torch.autograd.grad(out.loss, fm.tree.leaves(case.meta))
+    return int(live.peak)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_it_keeps_less_than_reverse(net: str) -> None:
+    """A further step costs its parameters and optimizer state, not its graphs."""
+
+    def growth(estimator: Any, memory: Any) -> float:
+        return (peak(net, estimator, memory, 12) - peak(net, estimator, memory, 4)) / 8
+
+    assert growth(fm.MixedMode(), fm.StoreAll()) < 0.5 * growth(fm.Reverse(), fm.StoreAll())
+    assert peak(net, fm.MixedMode(), fm.StoreAll(), 12) < 0.5 * peak(net, fm.Reverse(), fm.StoreAll(), 12)
+
+
+# ---- around the backward pass
+
+
+@pytest.mark.parametrize("strategy", ["single", "vmap"])
+@pytest.mark.parametrize("memory", [fm.StoreAll(), fm.Segments(2)], ids=repr)
+def test_backward_twice(memory: Any, strategy: str) -> None:
+    case = SETTINGS["dropout in a module"]()
+    loss, leaves = loss_of(case, fm.MixedMode(), strategy, memory), fm.tree.leaves(case.meta)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    close(torch.autograd.grad(loss, leaves), first)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_a_part_of_the_leaves() -> None:
+    case = SETTINGS["weights of a learned loss"]()
+    whole = gradient(case, fm.Reverse())
+    for name, each in fm.tree.named_leaves(case.meta, "meta"):
+        (slope,) = torch.autograd.grad(loss_of(case, fm.MixedMode()), each)
+        close(slope, whole[name])
+
+
+@pytest.mark.parametrize("fail_at", [1, STEPS + 2], ids=["forward", "backward"])
+@pytest.mark.parametrize("strategy", ["single", "vmap"])
+def test_it_works_again_after_an_exception(strategy: str, fail_at: int) -> None:
+    ran = iter(range(1000))
+
+    def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+        if next(ran) == fail_at:
+            raise KeyboardInterrupt("in the middle")
+        return mse(meta, predict, batch)
+
+    case, before = of_module(mlp(nn.Dropout(0.4)), loss), torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt, match="in the middle"):
+        gradient(case, fm.MixedMode(), strategy)
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch._C._functorch.peek_interpreter_stack() is None
+    close(gradient(case, fm.MixedMode(), strategy), gradient(case, fm.Reverse(), strategy))
+
+
+def test_an_exception_in_the_backward_pass_leaves_the_loss_usable() -> None:
+    fail = [False]
+
+    def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+        if fail[0]:
+            raise KeyboardInterrupt("in the middle")
+        return mse(meta, predict, batch)
+
+    case = of_module(mlp(), loss)
+    total, leaves = loss_of(case, fm.MixedMode()), fm.tree.leaves(case.meta)
+    fail[0] = True
+    with pytest.raises(KeyboardInterrupt):
+        torch.autograd.grad(total, leaves, retain_graph=True)
+    fail[0] = False
+    close(list(torch.autograd.grad(total, leaves)), list(gradient(case, fm.Reverse()).values()))
+
+
+@pytest.mark.parametrize("strategy", ["single", "vmap"])
+@pytest.mark.parametrize("memory", [fm.StoreAll(), fm.Segments(2)], ids=repr)
+def test_the_second_evaluation_casts_as_the_first(memory: Any, strategy: str) -> None:
+    """The loss is computed under autocast, its backward pass runs outside."""
+    seen = []
+
+    def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+        seen.append(predict(batch[0]).dtype)
+        return mse(meta, predict, batch)
+
+    with fm.rng.forked(2):
+        net = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2))
+    problem = fm.inner_problem(net, loss, optimizer=optim.sgd(0.5))
+    tasks = fm.tree.map(lambda leaf: leaf.float(), data()[:2])
+    case, slopes = Setting(problem, {"params": fm.init_params(net)}, fm.Task(*tasks)), []
+    for estimator in (fm.MixedMode(), fm.Reverse()):
+        with torch.autocast("cpu", torch.bfloat16):
+            total = loss_of(case, estimator, strategy, memory)
+        slopes.append(list(torch.autograd.grad(total, fm.tree.leaves(case.meta))))
+    assert len(seen) > 3 * STEPS
+    assert set(seen) == {torch.bfloat16 if strategy == "single" else torch.float32}  # torch casts nothing in vmap
+    assert max(float((a - b).norm() / b.norm()) for a, b in zip(*slopes, strict=True)) < 0.1
+
+
+def test_without_grad_mode_nothing_is_kept() -> None:
+    case = SETTINGS["dropout in a module"]()
+    with torch.no_grad():
+        out = loss_of(case, fm.MixedMode())
+    assert not out.requires_grad
+    close(out, loss_of(case, fm.Reverse()).detach())
+
+
+def test_inside_torch_func_it_is_reverse() -> None:
+    case = SETTINGS["weights of a learned loss"]()
+
+    def loss(meta: Any) -> Tensor:
+        return loss_of(case._replace(meta=meta), fm.MixedMode())
+
+    got = torch.func.grad(loss)(fm.tree.detach(case.meta))
+    close(dict(fm.tree.named_leaves(got, "meta")), gradient(case, fm.Reverse()))
+
+
+def test_a_carry_that_is_differentiated() -> None:
+    case = SETTINGS["weights of a learned loss"]()
+    task, leaves = first_task(case.tasks), fm.tree.leaves(case.meta)
+    first = fm.unroll(case.problem, case.meta, task, steps=1, estimator=fm.MixedMode())
+    carry = fm.Carry(first.state, 1)
+    rest = fm.unroll(case.problem, case.meta, task, steps=STEPS - 1, carry=carry, estimator=fm.MixedMode())
+    close(list(torch.autograd.grad(rest.loss, leaves)), list(gradient(case, fm.Reverse()).values()))
