@@ -11,8 +11,8 @@ from torch import Tensor
 from funcmeta import tree
 from funcmeta._errors import ArgumentError, GraphError
 from funcmeta._exact_layers import DualLayers, wrong_in_forward_mode
-from funcmeta._gradient import Gradient, Objective, exact, steered
-from funcmeta._graph import inside_functorch, walk
+from funcmeta._gradient import Gradient, Objective, exact, steered, tensors_of
+from funcmeta._graph import check_declared, inner_leaf, inside_functorch, walk
 from funcmeta._typing import Meta, Tree
 from funcmeta.estimators._attach import attach
 from funcmeta.estimators._base import Outcome, Primal
@@ -27,7 +27,8 @@ class ForwardMode:
     Every number in ``meta`` that requires grad is one direction, and all directions are pushed forward together: memory
     is that of the state for each direction, whatever the number of steps, and nothing is kept for a backward pass, so
     the memory policy has no effect. Time grows with the directions: for a few hyper-parameters, not for initial
-    parameters. The result can not be differentiated again.
+    parameters. The result can not be differentiated again. The first step is taken once more, with its graph, to see
+    that it depends on ``meta`` and ``state`` alone.
 
     Args:
         chunk: directions that are pushed at once; None takes all. Fewer need less memory and more time, as the steps
@@ -35,6 +36,7 @@ class ForwardMode:
 
     Raises:
         ArgumentError: ``chunk`` is not a positive integer; a carry requires grad; it is run inside ``torch.func``.
+        CapturedTensorError: a tensor that requires grad is used without coming through ``meta``.
         GraphError: an operation has no forward mode, or torch has its second derivative wrong there.
 
     Examples:
@@ -67,6 +69,7 @@ class ForwardMode:
                 "The initial state requires grad by itself, not through meta: ForwardMode differentiates by meta only. "
                 "Pass an earlier unroll's out.carry, which is detached, or use Reverse()."
             )
+        _check_captured(primal, meta)
         count = sum(leaf.numel() for leaf in moving)
         slopes = []
         with torch.no_grad(), DualLayers(), _explained():
@@ -79,6 +82,16 @@ class ForwardMode:
         parts = torch.split(torch.cat(slopes), [leaf.numel() for leaf in moving])
         gradients = [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, moving, strict=True)]
         return Outcome(attach(loss, gradients, moving), path)
+
+
+def _check_captured(primal: Primal, meta: Meta) -> None:
+    """Raise if the first step or the meta-loss, taken once with a graph, depends on a tensor that it captured."""
+    inputs = tree.map(lambda leaf: inner_leaf(leaf) if leaf.requires_grad else leaf, meta)
+    results = state = primal.init(inputs)
+    if primal.stop > primal.start:
+        results = state, _ = primal.step(inputs, state, primal.start)
+    judged = None if primal.meta_loss is None else primal.meta_loss(inputs, state)
+    check_declared(tensors_of((results, judged)), tree.leaves(inputs), primal)
 
 
 class _Movable:
