@@ -15,6 +15,7 @@ from funcmeta._errors import (
     FuncmetaError,
     GraphError,
     LossError,
+    MemoryBudgetError,
     MissingExtraError,
     NonFiniteError,
     ReplayError,
@@ -27,7 +28,7 @@ from funcmeta.compare import Comparison, compare
 from funcmeta.compiled import compile
 from funcmeta.estimators import FirstOrder, ForwardMode, MixedMode, Reptile, Reverse
 from funcmeta.inspect import Finding, Readiness, inspect
-from funcmeta.memory import Offload, Plan, Revolve, Segments, StoreAll, plan
+from funcmeta.memory import Budget, Offload, Plan, Revolve, Segments, StoreAll, budget, plan
 from funcmeta.model import FunctionalModel, functionalize, init_params
 from funcmeta.optim import (
     Transform,
@@ -65,6 +66,7 @@ from funcmeta.unroll_batch import unroll_batch
 __all__ = [
     "TOLERANCES",
     "ArgumentError",
+    "Budget",
     "CapturedTensorError",
     "Carry",
     "Comparison",
@@ -80,6 +82,7 @@ __all__ = [
     "GraphError",
     "InnerState",
     "LossError",
+    "MemoryBudgetError",
     "MissingExtraError",
     "MixedMode",
     "NonFiniteError",
@@ -110,6 +113,7 @@ __all__ = [
     "amsgrad",
     "anil",
     "apply_updates",
+    "budget",
     "chain",
     "check_meta_grad",
     "check_transform",

@@ -140,6 +140,33 @@ class CompileError(FuncmetaError, RuntimeError):
     """
 
 
+class MemoryBudgetError(FuncmetaError, RuntimeError):
+    """No memory policy stays within the budget that was given.
+
+    Args:
+        given: the budget in bytes.
+        smallest: the smallest budget that would do, in bytes; kept as ``error.smallest``.
+
+    Examples:
+        >>> MemoryBudgetError(1_000, 64_000).smallest
+        64000
+
+    Source: this library.
+    """
+
+    def __init__(self, given: int, smallest: int) -> None:
+        self.given, self.smallest = given, smallest
+        super().__init__(
+            f"No memory policy stays within the budget of {given} bytes. The smallest budget that would do is "
+            f"{smallest} bytes ({smallest / 1e6:.2f} MB), which one state and the graph of one step need. Pass "
+            f"budget({smallest}) or more, or make batches smaller."
+        )
+
+    def __reduce__(self) -> tuple[type[Self], tuple[int, int]]:
+        """How to make the error again in another process."""
+        return type(self), (self.given, self.smallest)
+
+
 class DataError(FuncmetaError, ValueError):
     """A file or folder is missing, truncated, foreign or of an unexpected size.
 

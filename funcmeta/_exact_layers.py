@@ -11,8 +11,7 @@ Recurrent layers have no batching rule, but ``torch.func.vjp`` takes them apart 
 RMS normalization are right as they are.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,18 +26,21 @@ from funcmeta._graph import inside_functorch
 from funcmeta._watch import WATCHED
 
 
-@contextmanager
-def exact_layers() -> Iterator[None]:
+class exact_layers:
     """Inside this block torch computes those layers by elementary operations."""
-    if _active.get():
-        yield
-        return
-    token = _active.set(True)
-    try:
-        with ExactLayers():
-            yield
-    finally:
-        _active.reset(token)
+
+    def __enter__(self) -> None:
+        """Begin, unless the block lies in another one."""
+        self._mode = None if _active.get() else ExactLayers()
+        if self._mode is not None:
+            self._token = _active.set(True)
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        """End what was begun."""
+        if self._mode is not None:
+            self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
+            _active.reset(self._token)
 
 
 _active: ContextVar[bool] = ContextVar("funcmeta_exact_layers", default=False)
@@ -134,11 +136,11 @@ def _normalized(
     eps: float,
 ) -> Tensor:
     """(input − mean) / √(variance + eps) · weight + bias, with the statistics taken over some dimensions."""
-    variance, mean = torch.var_mean(input, over, correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + eps)
+    centered = input - input.mean(over, keepdim=True)  # torch.var_mean takes six times as long on a CPU
+    scale = torch.rsqrt(centered.square().mean(over, keepdim=True) + eps)
     if weight is not None:
         scale = scale * weight.reshape(shape)
-    out = (input - mean) * scale
+    out = centered * scale
     return out if bias is None else out + bias.reshape(shape)
 
 

@@ -166,12 +166,25 @@ def _has_graph_beyond(results: list[Tensor], given: list[Tensor], leaves: list[T
     return any(tensor.requires_grad for tensor in given) or bool(walk(results, leaves, everywhere=True).leaves)
 
 
-@contextmanager
-def left(tasks: Level | None, tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Leave the level of the tasks, if there is one, with these tensors; the library's own work, which no mode sees."""
-    lowered = tensors if tasks is None else [tasks.lower(tensor) for tensor in tensors]
-    with torch._C.DisableTorchFunction(), nullcontext() if tasks is None else tasks.left():
-        yield lowered
+class left:
+    """Leave the level of the tasks, if there is one, with some tensors; the library's own work, which no mode sees."""
+
+    def __init__(self, tasks: Level | None, tensors: list[Tensor]) -> None:
+        self._lowered = tensors if tasks is None else [tasks.lower(tensor) for tensor in tensors]
+        self._blind, self._level = torch._C.DisableTorchFunction(), None if tasks is None else tasks.left()
+
+    def __enter__(self) -> list[Tensor]:
+        """The tensors with their task dimension."""
+        self._blind.__enter__()
+        if self._level is not None:
+            self._level.__enter__()
+        return self._lowered
+
+    def __exit__(self, *error: Any) -> None:
+        """Go back to the level."""
+        if self._level is not None:
+            self._level.__exit__(*error)
+        self._blind.__exit__(*error)
 
 
 def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> Gradient:

@@ -21,6 +21,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         live: bytes alive now.
         peak: most bytes alive at once; it may be set back to ``live`` between two parts of a computation.
+        storages: bytes of each storage alive now, by its address.
 
     Examples:
         >>> with LiveBytes() as counter:
@@ -36,28 +37,28 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
-        self._known: dict[int, int] = {}
+        self.storages: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation, and count the storages that it made."""
-        given = {_key(leaf) for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {storage_key(leaf) for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree.leaves(result):
-            if isinstance(leaf, Tensor) and _key(leaf) not in given and _key(leaf) not in self._known:
+            if isinstance(leaf, Tensor) and storage_key(leaf) not in given and storage_key(leaf) not in self.storages:
                 self._add(leaf.untyped_storage())
         self.peak = max(self.peak, self.live)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self._known[key] = size
+        self.storages[key] = size
         self.live += size
         weakref.finalize(storage, self._remove, key)
 
     def _remove(self, key: int) -> None:
-        self.live -= self._known.pop(key)
+        self.live -= self.storages.pop(key)
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
@@ -76,10 +77,12 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 def bytes_of(value: Any, besides: Any = ()) -> int:
     """The bytes of the storages of a tree's tensors, each counted once, that hold no tensor of another tree."""
-    known = {_key(leaf) for leaf in tree.leaves(besides) if isinstance(leaf, Tensor)}
+    known = {storage_key(leaf) for leaf in tree.leaves(besides) if isinstance(leaf, Tensor)}
     tensors = [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
-    return sum({_key(leaf): leaf.untyped_storage().nbytes() for leaf in tensors if _key(leaf) not in known}.values())
+    sizes = {storage_key(leaf): leaf.untyped_storage().nbytes() for leaf in tensors}
+    return sum(size for key, size in sizes.items() if key not in known)
 
 
-def _key(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
+    """What tells the storages apart that are alive."""
     return int(tensor.untyped_storage()._cdata)

@@ -6,6 +6,7 @@ anything is compiled. So a derivative inside the function is a part of what is r
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,9 @@ class Derivative:
 
 def compare(got: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
     """Raise unless kernels gave what the function itself gives, to half of the digits."""
+    largest = max((_size(each) for each in expected), default=0.0)
     for index, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        if not _agree(ours, theirs.detach()):
+        if not _agree(ours, theirs.detach(), largest):
             raise CompileError(
                 f"The compiled {what} {index} differs from what the function itself gives by "
                 f"{float((ours - theirs).abs().max()):.1e} of {float(theirs.abs().max()):.1e}. Most often the function "
@@ -183,12 +185,18 @@ def compare(got: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> Non
             )
 
 
-def _agree(got: Tensor, expected: Tensor) -> bool:
+def _agree(got: Tensor, expected: Tensor, largest: float) -> bool:
+    """Whether two results are close; what is zero but for rounding, next to the largest of all results, is zero."""
     if not expected.is_floating_point():
         return torch.equal(got, expected)
-    scale = expected.abs().max() if expected.numel() else expected.new_zeros(())
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * float(scale)
-    return torch.allclose(got, expected, rtol=0.0, atol=tolerance, equal_nan=True) or not bool(scale.isfinite())
+    scale, eps = _size(expected), torch.finfo(expected.dtype).eps
+    tolerance = max(eps**0.5 * scale, 100 * eps * largest)
+    return torch.allclose(got, expected, rtol=0.0, atol=tolerance, equal_nan=True) or not isfinite(scale)
+
+
+def _size(tensor: Tensor) -> float:
+    """The largest number of a floating-point tensor, in magnitude."""
+    return float(tensor.detach().abs().max()) if tensor.is_floating_point() and tensor.numel() else 0.0
 
 
 def _is_draw(node: Node) -> bool:

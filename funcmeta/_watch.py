@@ -1,7 +1,6 @@
 """Gradients that a step takes by itself, and by mistake as constants."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -11,14 +10,19 @@ from torch import Tensor
 from funcmeta._errors import GraphError
 
 
-@contextmanager
-def watched(on: bool | None) -> Iterator[None]:
+class watched:
     """Whether gradients need a graph inside the block: yes (True), no matter (None), or no, whatever runs in it."""
-    token = _watching.set(False if _watching.get() is False else on)
-    try:
-        yield
-    finally:
-        _watching.reset(token)
+
+    def __init__(self, on: bool | None) -> None:
+        self._on = on
+
+    def __enter__(self) -> None:
+        """Begin, unless nothing is watched here."""
+        self._token = _watching.set(False if _watching.get() is False else self._on)
+
+    def __exit__(self, *error: object) -> None:
+        """As before."""
+        _watching.reset(self._token)
 
 
 _watching: ContextVar[bool | None] = ContextVar("funcmeta_watching", default=None)

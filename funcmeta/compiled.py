@@ -262,7 +262,9 @@ def _hashable(value: Any) -> Hashable:
 def _setting(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
     """What else decides what a function computes: the rule of inner gradients, and autocast."""
     current = steering()
-    return current.rule if current else exact, Autocast(tensors).key, torch.get_default_dtype()
+    autocast = torch.is_autocast_enabled(tensors[0].device.type) if tensors else False
+    rule = current.rule if current else exact
+    return rule, Autocast(tensors).key if autocast else (), torch.get_default_dtype()
 
 
 def _constants(trees: list[Tree]) -> str:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -85,12 +85,8 @@ class FunctionalModel:
             for name, tensor in buffers.items():
                 tensors[name] = tensor.detach() if name in self._frozen else tensor.detach().clone()
         tensors.update({alias: tensors[name] for alias, name in self._aliases.items()})
-        with ExitStack() as stack:
-            stack.enter_context(exact_layers())
-            if self._recurrent:
-                stack.enter_context(_plain_recurrence())
-            if seed is not None:
-                stack.enter_context(rng.forked(seed))
+        plainly = _plain_recurrence() if self._recurrent else nullcontext()
+        with exact_layers(), plainly, nullcontext() if seed is None else rng.forked(seed):
             out = torch.func.functional_call(self._skeleton, tensors, args, kwargs, tie_weights=False)
         return out, {name: self._constant(name, tensors[name]) for name in buffers}
 

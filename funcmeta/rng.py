@@ -1,7 +1,6 @@
 """Randomness as integers: a seed for every (run, task, step), and no generator that a replay could forget."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,14 +40,37 @@ def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(check_seed(seed))
 
 
-@contextmanager
-def forked(seed: int) -> Iterator[None]:
+class forked:
     """Run a block with torch's global generators seeded with ``seed``; put their states back afterwards."""
-    check_seed(seed)
-    with _put_back() as generators:
-        for each in generators:
-            each.manual_seed(seed)
-        yield
+
+    def __init__(self, seed: int) -> None:
+        self._seed = check_seed(seed)
+
+    def __enter__(self) -> None:
+        """Seed the generators."""
+        self._before = states()
+        for each in _generators():
+            each.manual_seed(self._seed)
+
+    def __exit__(self, *error: object) -> None:
+        """Put the states back."""
+        _set(self._before)
+
+
+class returned_to:
+    """Run a block with torch's global generators in earlier ``states``; put their present ones back afterwards."""
+
+    def __init__(self, earlier: list[Tensor]) -> None:
+        self._earlier = earlier
+
+    def __enter__(self) -> None:
+        """Go back."""
+        self._before = states()
+        _set(self._earlier)
+
+    def __exit__(self, *error: object) -> None:
+        """Put the states back."""
+        _set(self._before)
 
 
 def states() -> list[Tensor]:
@@ -56,27 +78,15 @@ def states() -> list[Tensor]:
     return [each.get_state() for each in _generators()]
 
 
-@contextmanager
-def returned_to(states: list[Tensor]) -> Iterator[None]:
-    """Run a block with torch's global generators in earlier states; put their present ones back afterwards."""
-    with _put_back() as generators:
-        for each, state in zip(generators, states, strict=False):
-            each.set_state(state)
-        yield
+def _set(states: list[Tensor]) -> None:
+    for each, state in zip(_generators(), states, strict=False):
+        each.set_state(state)
 
 
-@contextmanager
-def _put_back() -> Iterator[list[torch.Generator]]:
-    generators = _generators()
-    before = [each.get_state() for each in generators]
-    try:
-        yield generators
-    finally:
-        for each, state in zip(generators, before, strict=True):
-            each.set_state(state)
-
-
-def _generators() -> list[torch.Generator]:
+def _generators() -> Sequence[torch.Generator]:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return [torch.default_generator, *torch.cuda.default_generators]
-    return [torch.default_generator]
+    return _CPU
+
+
+_CPU = (torch.default_generator,)

@@ -148,10 +148,10 @@ def _collect_along(expected: Tree, got: Tree, found: list[Any]) -> bool:
 
 def check_same(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "") -> None:
     """Raise ``StructureError`` unless both trees agree in keys and, leaf by leaf, in shape, dtype and device."""
+    if _agree(expected, got):
+        return
     wanted = leaves(expected)
     for index, (want, have) in enumerate(zip(wanted, aligned(expected, got, name=name, advice=advice), strict=True)):
-        if want is have:
-            continue
         if not isinstance(want, Tensor) or not isinstance(have, Tensor):
             same = type(want) is type(have)
         else:
@@ -159,6 +159,23 @@ def check_same(expected: Tree, got: Tree, *, name: str = "tree", advice: str = "
         if not same:
             path = named_leaves(expected, name)[index][0]
             raise StructureError(f"{path} is {describe(have)}, expected {describe(want)}. {advice}".rstrip())
+
+
+def _agree(expected: Tree, got: Tree) -> bool:
+    """Whether two trees agree, seen at a glance; if not, it takes a longer look to tell."""
+    kind = type(expected)
+    if expected is got:
+        return True
+    if type(got) is not kind:
+        return False
+    if kind is Tensor:
+        shapes_agree: bool = expected.shape == got.shape and expected.dtype is got.dtype
+        return shapes_agree and expected.device == got.device
+    if kind is dict:
+        return expected.keys() == got.keys() and all(_agree(each, got[key]) for key, each in expected.items())
+    if kind is tuple or kind is list or _is_namedtuple(kind):
+        return len(expected) == len(got) and all(_agree(*pair) for pair in zip(expected, got, strict=True))
+    return kind in _SINGLE
 
 
 def detach(tree: Tree) -> Tree:

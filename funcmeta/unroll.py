@@ -1,7 +1,5 @@
 """Run the inner training and return a meta-loss that carries its meta-gradient."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +16,7 @@ from funcmeta._guard import check_arguments, check_attached, check_every_leaf_us
 from funcmeta._typing import Batch, Meta
 from funcmeta._watch import watched
 from funcmeta.estimators import Estimator, Primal, Reverse
-from funcmeta.memory import Memory, Plan, StoreAll
+from funcmeta.memory import Budget, Memory, Plan, StoreAll
 from funcmeta.problem import Problem, StepInfo
 from funcmeta.tasks import Task
 
@@ -173,6 +171,8 @@ def run(
     with torch.set_grad_enabled(torch.is_grad_enabled() and _requires_grad((meta, carry))):
         own_meta, own_carry = tree.map(_own, (meta, carry))
         primal = _bind(problem, task, own_carry, start, start + steps, seed, tasks)
+        if isinstance(memory, Budget) and primal.meta_loss is not None:
+            memory = memory.reserving(primal.meta_loss, own_meta, primal.init(own_meta))
         loss, path = estimator(primal, own_meta, memory)
         if loss is None:
             raise ArgumentError(
@@ -237,11 +237,21 @@ def _bind(
     return Primal(init, step, None if problem.meta_loss is None else meta_loss, start, stop)
 
 
-@contextmanager
-def _controlled(seed: int) -> Iterator[None]:
+class _controlled:
     """What a problem's function may lean on: draws that follow the seed, and layers with right derivatives."""
-    with rng.forked(seed), exact_layers():
-        yield
+
+    def __init__(self, seed: int) -> None:
+        self._draws, self._layers = rng.forked(seed), exact_layers()
+
+    def __enter__(self) -> None:
+        """Enter both."""
+        self._draws.__enter__()
+        self._layers.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave both."""
+        self._layers.__exit__(*error)
+        self._draws.__exit__(*error)
 
 
 def _requires_grad(value: Any) -> bool:

@@ -13,7 +13,7 @@ from funcmeta._errors import ArgumentError, FuncmetaError, StructureError
 from funcmeta._guard import check_arguments
 from funcmeta._typing import Meta
 from funcmeta.estimators import Estimator, Reverse
-from funcmeta.memory import Memory, StoreAll
+from funcmeta.memory import Budget, Memory, StoreAll
 from funcmeta.problem import Problem
 from funcmeta.tasks import Task
 from funcmeta.tasks._task import unstack
@@ -107,6 +107,8 @@ def _loop(
     seed: int,
     carry: Carry | None,
 ) -> Unrolled:
+    if isinstance(memory, Budget):
+        memory = memory.among(number)
     outs = [
         run(
             problem,

@@ -90,11 +90,12 @@ def compare_with_eager(
         assert_agree(got, expected, TOLERANCES.memory)
 
 
-@pytest.mark.parametrize("model", [*MODELS])
+@pytest.mark.parametrize("model", MODELS)
 def test_the_meta_gradient_is_the_eager_one(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = "adam" if model in ("mlp", "attention") else "sgd momentum"
+    """All combinations for two models; one policy for each of the others, whose operations are many to record."""
+    optimizer = "adam" if model == "mlp" else "sgd momentum"
     problem, meta, tasks = build(model, optimizer)
-    some = COMBINATIONS if model in ("mlp", "conv batchnorm") else COMBINATIONS[1::3]
+    some = {"mlp": COMBINATIONS, "conv batchnorm": COMBINATIONS[3:5]}.get(model, COMBINATIONS[1:2])
     compare_with_eager((aten(problem), meta, tasks), model, optimizer, some, monkeypatch)
 
 
@@ -118,21 +119,27 @@ def test_forward_mode_runs_the_plain_functions(strategy: str, kernels: list[Any]
 
 
 def test_inductor_gives_the_same_numbers() -> None:
-    """Dropout, stacked tasks, a learned rate and segments in one."""
+    """Dropout, a learned rate and segments in one."""
     problem, meta = usual(mse, nn.Dropout(0.4))
     fast = fm.compile(problem)
     for seed in (3, 4):
         assert_same(problem, meta, fast=fast, memory=fm.Segments(2), seed=seed)
-    assert_same(*usual(), many(3), fast=fm.compile(usual()[0]), strategy="vmap", memory=fm.Revolve(2))
 
 
+@pytest.mark.slow
+def test_inductor_gives_the_same_numbers_for_stacked_tasks() -> None:
+    problem, meta = usual()
+    assert_same(problem, meta, many(3), fast=fm.compile(problem), strategy="vmap", memory=fm.Revolve(2))
+
+
+@pytest.mark.slow
 def test_sizes_that_vary_with_inductor(kernels: list[Any]) -> None:
     problem, meta = usual()
     fast = fm.compile(problem)
     for examples in (5, 7, 9, 11):
         task = fm.Task(*[tuple(leaf[0] for leaf in part) for part in many(1, examples)[:2]])
         assert_same(problem, meta, task, fast=fast)
-    assert len(kernels) == 8
+    assert len({id(lowered) for lowered, *_ in kernels}) == 4
 
 
 def test_results_are_those_of_the_problem() -> None:
@@ -178,7 +185,9 @@ def test_inputs_that_are_not_contiguous() -> None:
     problem, meta = usual()
     transposed = fm.Task((X.mT.contiguous().mT, Y.mT.contiguous().mT), (X.expand(5, 3), Y[:1].expand(5, 2)))
     assert_same(problem, meta, transposed)
-    meta["params"] = {name: leaf.detach().mT.contiguous().mT.requires_grad_() for name, leaf in meta["params"].items()}
+    meta["params"] = {
+        name: leaf.detach().repeat_interleave(2, 0)[::2].requires_grad_() for name, leaf in meta["params"].items()
+    }
     assert_same(problem, meta, transposed)
 
 
@@ -225,9 +234,10 @@ def test_the_number_of_steps_compiles_nothing(memory: Any, kernels: list[Any]) -
     problem, meta = usual()
     fast = aten(problem)
     meta_gradient(fast, meta, steps=3, memory=memory)
-    assert len(kernels) == 4
+    made = len(kernels)
+    assert made <= 5  # one more where the first step's optimizer state needs no derivative
     meta_gradient(fast, meta, steps=30, memory=memory)
-    assert len(kernels) == 4
+    assert len(kernels) == made
 
 
 def test_another_estimator_or_number_of_tasks_compiles_anew(kernels: list[Any]) -> None:
@@ -255,7 +265,7 @@ def test_batches_of_several_sizes(dynamic: bool, variants: int, kernels: list[An
             (torch.linspace(-1, 1, 3 * examples).reshape(-1, 3).double(), X[:1, :2].expand(examples, 2)), (X, Y)
         )
         assert_same(problem, meta, task, fast=fast)
-    assert len(kernels) == 2 * (variants + 1)
+    assert len({id(lowered) for lowered, *_ in kernels}) == variants + 1
 
 
 # ---- refused
@@ -320,7 +330,7 @@ COUNTER = iter(range(1, 10**6))
 
 
 def own_generator(w: Tensor, batch: Any, seed: int) -> Tensor:
-    return wavy(w + torch.randn(3, dtype=w.dtype, generator=GENERATOR), batch)
+    return wavy(w * torch.bernoulli(torch.full_like(w, 0.5), generator=GENERATOR), batch)
 
 
 def counting(w: Tensor, batch: Any, seed: int) -> Tensor:

@@ -220,7 +220,7 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(x)
-        return out if float(out.sum()) > 0 else -out  # type: ignore[no-any-return]
+        return out if float(out.detach().sum()) > 0 else -out  # type: ignore[no-any-return]
 
 
 def test_auto_takes_the_loop_where_vmap_can_not() -> None:

@@ -3,6 +3,7 @@
 from funcmeta.memory._base import Memory, Step, Trajectory, advance
 from funcmeta.memory._follow import follow
 from funcmeta.memory._plan import Action, Advance, Backward, Drop, Estimate, Plan, Planned, Restore, Store, plan
+from funcmeta.memory.budget import Budget, budget
 from funcmeta.memory.offload import Offload
 from funcmeta.memory.revolve import Revolve
 from funcmeta.memory.segments import Segments
@@ -12,6 +13,7 @@ __all__ = [
     "Action",
     "Advance",
     "Backward",
+    "Budget",
     "Drop",
     "Estimate",
     "Memory",
@@ -26,6 +28,7 @@ __all__ = [
     "StoreAll",
     "Trajectory",
     "advance",
+    "budget",
     "follow",
     "plan",
 ]

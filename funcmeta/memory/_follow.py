@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 
 from funcmeta import tree
 from funcmeta._errors import ArgumentError, UnreachedLeafError
@@ -214,6 +214,8 @@ class _Run:
                 gradients = self._pull_back(meta, state, *action, cotangents)
                 total = [_sum(*pair) for pair in zip(total, gradients, strict=False)]
                 cotangents = [*gradients[self.meta_tensors :], cotangents[-1]]
+                path = _AWAY
+                del state, gradients  # not to be alive beside the next state
             else:
                 path = self._move(action, meta, path, stored)
         return [*total, *cotangents[:-1]]
@@ -242,12 +244,15 @@ class _Run:
         outputs = _Parts.of((path.state, path.share)).tensors
         check_declared(outputs, inputs, self._step.step)
         pairs = [
-            (out, by) for out, by in zip(outputs, cotangents, strict=False) if by is not None and out.requires_grad
+            (get_gradient_edge(out), by)
+            for out, by in zip(outputs, cotangents, strict=False)
+            if by is not None and out.requires_grad
         ]
+        del path, outputs  # the graph is enough
         if not pairs:
             return [None] * len(inputs)
         found = torch.autograd.grad(
-            [out for out, _ in pairs],
+            [edge for edge, _ in pairs],
             [each for each in inputs if each.requires_grad],
             [by for _, by in pairs],
             create_graph=create_graph,
@@ -264,6 +269,10 @@ class _Run:
             path = advance(self._step, meta, state, self._start + start, self._start + stop, share=share)
         self._step.arrived(self._start + stop, path.state)
         return path
+
+
+_AWAY = Trajectory(None, None, [], [])
+"""At no state, as after a derivative."""
 
 
 def _leaf(leaf: Any) -> Any:

@@ -77,8 +77,8 @@ def sgd(
     def rule(values: Values, param: Tensor, grad: Tensor, *kept: Tensor) -> tuple[Any, ...]:
         if not heavy:
             return (Scaled(grad, values["descent"]),)
-        buffer = values["momentum"] * kept[0] + (grad * values["fresh"] if damped else grad)
-        ahead = grad + values["momentum"] * buffer if nesterov else buffer
+        buffer = Scaled(kept[0], values["momentum"]).added_to(grad * values["fresh"] if damped else grad)
+        ahead = Scaled(buffer, values["momentum"]).added_to(grad) if nesterov else buffer
         return Scaled(ahead, values["descent"]), buffer
 
     return per_tensor(

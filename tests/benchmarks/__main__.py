@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="time for a contestant's turns (default 10)")
     parser.add_argument("--output", type=Path, help="folder whose performance.md is brought up to date, e.g. docs")
     options = parser.parse_args()
+    if options.quick and options.output:
+        parser.error("--quick runs in tiny sizes, whose figures belong on no page: leave out --quick or --output")
 
     machine.use_cores(options.threads)
     here = machine.describe()

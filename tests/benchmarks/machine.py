@@ -28,12 +28,12 @@ def use_cores(count: int) -> None:
 
 def describe() -> dict[str, Any]:
     """The machine in words and numbers, without its name."""
-    size = 1024
+    size, threads = 1024, torch.get_num_threads()
     left, right = torch.randn(2, size, size)
     source = torch.randn(64 * 2**20)
     target = torch.empty_like(source)
     return {
-        "processor": f"{torch.get_num_threads()} cores of an {_model()}",
+        "processor": f"{threads} {'core' if threads == 1 else 'cores'} of an {_model()}",
         "versions": {name: _version(name) for name in PACKAGES if _version(name)},
         "operations_per_second": 2 * size**3 / _seconds(lambda: left @ right),
         "bytes_per_second": 2 * 4 * source.numel() / _seconds(lambda: target.copy_(source)),

@@ -42,20 +42,23 @@ def save(results: Mapping[str, Result], folder: Path) -> None:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Draw the rows as bars, on logarithmic axes: time, and memory where it was measured."""
+    """Draw the rows as points on logarithmic axes: time, and memory where it was measured."""
     from matplotlib.figure import Figure
 
-    columns = {"seconds": [(row.name, row.median) for row in result.rows if row.seconds]}
-    columns["peak, MB"] = [(row.name, _peak(row) / 1e6) for row in result.rows if _peak(row)]
+    columns = {"median time, seconds": [(row.name, row.median) for row in result.rows if row.seconds]}
+    columns["peak memory, MB"] = [(row.name, _peak(row) / 1e6) for row in result.rows if _peak(row)]
     shown = {label: pairs for label, pairs in columns.items() if pairs}
-    figure = Figure(figsize=(5.5 * len(shown), 0.8 + 0.32 * len(result.rows)), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(shown), 0.9 + 0.3 * len(result.rows)), layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, (label, pairs) in zip(axes, shown.items(), strict=True):
-        names, values = zip(*reversed(pairs), strict=True)
-        axis.barh(names, values, color=["tab:blue" if name.startswith("funcmeta") else "tab:gray" for name in names])
+        for name, value in reversed(pairs):
+            axis.plot(value, name, "o", color="tab:blue" if name.startswith("funcmeta") else "tab:gray")
+            axis.annotate(f"{value:.3g}", (value, name), (6, 3), textcoords="offset points", fontsize="small")
         axis.set_xscale("log")
-        axis.set_xlabel(label)
-    figure.suptitle(f"{result.workload}: {result.title}", fontsize="medium")
+        axis.margins(x=0.15, y=0.15)
+        axis.grid(axis="y", alpha=0.3)
+        axis.xaxis.set_minor_formatter("")
+        axis.set_title(f"{result.workload}: {label}", fontsize="medium")
     figure.savefig(path, dpi=120)
 
 

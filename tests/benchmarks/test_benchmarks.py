@@ -1,6 +1,8 @@
 """Every workload runs in a tiny size: contestants agree on the gradient, and the tables are written. No times."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +104,10 @@ def test_results_are_shown() -> None:
     text = console.export_text()
     assert "one / other: 0.25, at most 0.5: reached" in text
     assert "a remark" in text
+
+
+def test_tiny_sizes_are_not_published(tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(__file__).parent), "--quick", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "leave out --quick or --output" in done.stderr

@@ -38,10 +38,10 @@ def build(quick: bool) -> FewShot:
     return FewShot(net, F.cross_entropy, fm.Task(support, query), steps, lr=0.1)
 
 
-def contestants(case: FewShot, *, peers: bool) -> dict[str, Run]:
+def contestants(case: FewShot, settings: Settings) -> dict[str, Run]:
     """Everyone, the reference first."""
-    found = torch_contestants(case, peers=peers)
-    if peers and find_spec("jax"):
+    found = torch_contestants(case, peers=settings.peers)
+    if settings.peers and find_spec("jax"):
         import few_shot_jax
         import w2_jax
 
@@ -53,7 +53,7 @@ def contestants(case: FewShot, *, peers: bool) -> dict[str, Run]:
 def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
     """Gradients compared, then the race, in which the first order runs along."""
     case = build(settings.quick)
-    runs = contestants(case, peers=settings.peers)
+    runs = contestants(case, settings)
     check_agreement(runs, "by hand, loop")
     rows = race({**runs, "funcmeta first order": funcmeta(case, estimator=fm.FirstOrder())}, settings)
     eager, compiled, first = (fastest(rows, f"funcmeta {name}") for name in ("eager", "compiled", "first order"))

@@ -27,7 +27,7 @@ def contestants(training: Training) -> dict[str, Run]:
         return -jnp.take_along_axis(scores, y[:, None], 1).mean()
 
     def cell(x: Any, out: Any, kept: Any, weight: Any, bias: Any) -> Any:
-        enter, forget, new, leave = jnp.split(jnp.concatenate([x, out], 1) @ weight + bias, 4, 1)
+        enter, forget, new, leave = jnp.split(weight @ jnp.concatenate([x, out]) + bias, 4)
         kept = jax.nn.sigmoid(forget) * kept + jax.nn.sigmoid(enter) * jnp.tanh(new)
         return jax.nn.sigmoid(leave) * jnp.tanh(kept), kept
 
@@ -35,10 +35,10 @@ def contestants(training: Training) -> dict[str, Run]:
         params, (first, kept_first, second, kept_second) = state
         value, grad = jax.value_and_grad(loss)(params, *batch)
         size = jnp.log(jnp.maximum(jnp.abs(grad), math.exp(-SCALE))) / SCALE
-        seen = jnp.stack([size, jnp.clip(grad * math.exp(SCALE), -1, 1)], 1)
+        seen = jnp.stack([size, jnp.clip(grad * math.exp(SCALE), -1, 1)])
         first, kept_first = cell(seen, first, kept_first, weights["first"], weights["first bias"])
         second, kept_second = cell(first, second, kept_second, weights["second"], weights["second bias"])
-        params = params + STRIDE * (second @ weights["out"])[:, 0]
+        params = params + STRIDE * (weights["out"] @ second)[0]
         return (params, (first, kept_first, second, kept_second)), value
 
     def scanned(weights: Any) -> Any:

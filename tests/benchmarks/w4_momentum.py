@@ -95,7 +95,7 @@ def by_hand(training: Training, steps: int) -> Run:
 def alone(name: str, settings: Settings, steps: int) -> Run:
     """The computation of this name for a process of its own."""
     memories: dict[str, Callable[[], Memory]] = {
-        LONG: lambda: fm.budget(int(0.9 * LIMIT)),
+        LONG: lambda: fm.budget(int(0.8 * LIMIT)),
         **{each: lambda each=each: policies(settings.quick)[each] for each in policies(settings.quick)},
     }
     return funcmeta(build(settings.quick), steps, memories[name]())
