@@ -12,13 +12,14 @@ RMS normalization are right as they are.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -241,8 +242,38 @@ def _reduced(values: Tensor, reduction: str) -> Tensor:
     return values.sum() if reduction == "sum" else values.mean()
 
 
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.silu(input, inplace=True) if inplace else input * input.sigmoid()
+
+
+def _mish(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.mish(input, inplace=True) if inplace else input * F.softplus(input).tanh()
+
+
 _DUAL: dict[Any, Callable[..., Any]] = {
     F.mse_loss: _mse_loss,
     F.huber_loss: _huber_loss,
     F.group_norm: _group_norm,
+    F.silu: _silu,
+    F.mish: _mish,
 }
+
+
+def wrong_in_forward_mode(nodes: Iterable[Node]) -> str:
+    """The name of an operation among these whose gradient torch differentiates wrongly in forward mode, or nothing."""
+    return next((_FORWARD_WRONG[kind] for node in nodes if (kind := type(node).__name__) in _FORWARD_WRONG), "")
+
+
+_FORWARD_WRONG = {
+    "AsStridedScatterBackward0": "torch.as_strided_scatter",
+    "CumprodBackward0": "torch.cumprod",
+    "LinalgDetBackward0": "torch.linalg.det",
+    "LinalgSlogdetBackward0": "torch.linalg.slogdet",
+    "LinalgSolveExBackward0": "torch.linalg.solve",
+    "MaxUnpool2DBackward0": "max_unpool2d",
+    "MaxUnpool3DBackward0": "max_unpool3d",
+    "ScatterReduceBackward0": "torch.scatter_reduce",
+    "TriangularSolveBackward0": "torch.triangular_solve",
+}
+"""Nodes of torch 2.13 whose backward pass, run with tangents, gives wrong ones without an error: most of these read
+what the forward pass saved without its tangent."""

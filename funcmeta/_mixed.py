@@ -6,7 +6,7 @@ more evaluation of ∂ℓ/∂z in which every tensor carries a tangent.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +21,7 @@ from funcmeta import rng, tree
 from funcmeta._batching import Level, task_level
 from funcmeta._context import Autocast
 from funcmeta._errors import FallbackWarning, ReplayError
-from funcmeta._exact_layers import DualLayers, exact_layers
+from funcmeta._exact_layers import DualLayers, exact_layers, wrong_in_forward_mode
 from funcmeta._gradient import Gradient, Objective, check_depends, exact, left, steered, tensors_of
 from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
 from funcmeta._typing import Tree
@@ -167,7 +167,8 @@ class _Finder(_Replaced):
             return leaf
         if original.grad_fn is not None and original.grad_fn._sequence_nr() > self._start:
             return leaf
-        stand_in = inner_leaf(original)
+        with left(self._tasks, []):
+            stand_in = inner_leaf(original)
         self.captured.append(leaf)
         self.originals.append(original)
         self.stand_ins.append(stand_in)
@@ -277,8 +278,11 @@ def _sequence_number() -> int:
     return node._sequence_nr()
 
 
-def _trouble(nodes: Iterable[Node]) -> str:
-    """The name of a function of the user's own, of which it is not known whether tangents go through it."""
+def _trouble(nodes: Collection[Node]) -> str:
+    """What tangents may not go through: a function of the user's own, or one that torch gets wrong."""
+    wrong = wrong_in_forward_mode(nodes)
+    if wrong:
+        return f"torch differentiates the gradient of {wrong} wrongly in forward mode"
     for node in nodes:
         function = getattr(node, "_forward_cls", None)
         if function is not None:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcmeta._errors import GraphError
+
 
 def attach(value: Tensor, gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
     """The value, whose backward pass leaves these gradients on the tensors; it can be differentiated once."""
@@ -21,7 +23,11 @@ class _Attach(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise GraphError(
+                "The meta-gradient was asked for with create_graph=True, but this estimator's can not be "
+                "differentiated again: it would count as a constant. Use Reverse() or MixedMode()."
+            )
         gradients = ctx.saved_tensors
         return (None, *[None] * len(gradients), *[cotangent * gradient for gradient in gradients])

@@ -1,6 +1,7 @@
 """The exact meta-gradient by forward mode: for few meta-parameters and any number of steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
-from funcmeta._errors import ArgumentError
-from funcmeta._exact_layers import DualLayers
-from funcmeta._graph import inside_functorch
-from funcmeta._typing import Meta
+from funcmeta._errors import ArgumentError, GraphError
+from funcmeta._exact_layers import DualLayers, wrong_in_forward_mode
+from funcmeta._gradient import Gradient, Objective, exact, steered, tensors_of
+from funcmeta._graph import check_declared, inner_leaf, inside_functorch, walk
+from funcmeta._typing import Meta, Tree
 from funcmeta.estimators._attach import attach
 from funcmeta.estimators._base import Outcome, Primal
 from funcmeta.estimators.reverse import Reverse
@@ -25,7 +27,8 @@ class ForwardMode:
     Every number in ``meta`` that requires grad is one direction, and all directions are pushed forward together: memory
     is that of the state for each direction, whatever the number of steps, and nothing is kept for a backward pass, so
     the memory policy has no effect. Time grows with the directions: for a few hyper-parameters, not for initial
-    parameters. The result can not be differentiated again.
+    parameters. The result can not be differentiated again. The first step is taken once more, with its graph, to see
+    that it depends on ``meta`` and ``state`` alone.
 
     Args:
         chunk: directions that are pushed at once; None takes all. Fewer need less memory and more time, as the steps
@@ -33,6 +36,8 @@ class ForwardMode:
 
     Raises:
         ArgumentError: ``chunk`` is not a positive integer; a carry requires grad; it is run inside ``torch.func``.
+        CapturedTensorError: a tensor that requires grad is used without coming through ``meta``.
+        GraphError: an operation has no forward mode, or torch has its second derivative wrong there.
 
     Examples:
         >>> ForwardMode()
@@ -64,9 +69,10 @@ class ForwardMode:
                 "The initial state requires grad by itself, not through meta: ForwardMode differentiates by meta only. "
                 "Pass an earlier unroll's out.carry, which is detached, or use Reverse()."
             )
+        _check_captured(primal, meta)
         count = sum(leaf.numel() for leaf in moving)
         slopes = []
-        with torch.no_grad(), DualLayers():
+        with torch.no_grad(), DualLayers(), _explained():
             for first in range(0, count, self.chunk or count):
                 directions = _directions(moving, first, min(first + (self.chunk or count), count))
                 loss, path, along = _pushed_run(primal, _Movable(meta), directions)
@@ -76,6 +82,16 @@ class ForwardMode:
         parts = torch.split(torch.cat(slopes), [leaf.numel() for leaf in moving])
         gradients = [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, moving, strict=True)]
         return Outcome(attach(loss, gradients, moving), path)
+
+
+def _check_captured(primal: Primal, meta: Meta) -> None:
+    """Raise if the first step or the meta-loss, taken once with a graph, depends on a tensor that it captured."""
+    inputs = tree.map(lambda leaf: inner_leaf(leaf) if leaf.requires_grad else leaf, meta)
+    results = state = primal.init(inputs)
+    if primal.stop > primal.start:
+        results = state, _ = primal.step(inputs, state, primal.start)
+    judged = None if primal.meta_loss is None else primal.meta_loss(inputs, state)
+    check_declared(tensors_of((results, judged)), tree.leaves(inputs), primal)
 
 
 class _Movable:
@@ -109,7 +125,8 @@ def _pushed_run(
         hollow = _constant(state)
 
         def step(values: Sequence[Tensor], hollow: Any = hollow, index: int = index) -> Any:
-            return primal.step(movable.at(values[:count]), tree.filled(hollow, values[count:]), index)
+            with steered(_checked):
+                return primal.step(movable.at(values[:count]), tree.filled(hollow, values[count:]), index)
 
         (state, info), along = _pushed(step, [*movable.point, *_floats(state)], [*directions, *tangents])
         tangents, rest = along[: len(_floats(state))], along[len(_floats(state)) :]
@@ -152,6 +169,35 @@ def _pushed(
     both = torch.func.vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
     slopes, every = both(*directions)
     return tree.filled(made[0], every), slopes
+
+
+def _checked(objective: Objective, params: Tree) -> Gradient:
+    """The exact gradient, by formulas that can be differentiated, where torch has these right in forward mode."""
+
+    def looked_at(inputs: Tree) -> tuple[Tensor, Any]:
+        value, aux = objective(inputs)
+        wrong = wrong_in_forward_mode(walk([value]).nodes)
+        if wrong:
+            raise GraphError(
+                f"The inner loss runs {wrong}, whose gradient torch differentiates wrongly in forward mode. Use "
+                f"Reverse() or MixedMode()."
+            )
+        return value, aux
+
+    with torch.enable_grad():
+        return exact(looked_at, params)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do when torch has no forward mode for an operation."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise GraphError(
+            f"ForwardMode met an operation without forward mode; torch said: {str(error).splitlines()[0]} "
+            f"Use Reverse() or MixedMode()."
+        ) from error
 
 
 def _floats(value: Any) -> list[Tensor]:
