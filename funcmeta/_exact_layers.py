@@ -13,7 +13,7 @@ RMS normalization are right as they are.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,30 +21,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from funcmeta._graph import inside_functorch
 from funcmeta._watch import WATCHED
 
 
 class exact_layers:
-    """Inside this block torch computes those layers by elementary operations."""
+    """Inside this block torch computes those layers by elementary operations, wherever the block is entered.
+
+    It may be entered where modes are off: in a backward pass that began in a function which a mode handles, or in the
+    library's own work.
+    """
 
     def __enter__(self) -> None:
-        """Begin, unless the block lies in another one."""
-        self._mode = None if _active.get() else ExactLayers()
-        if self._mode is not None:
-            self._token = _active.set(True)
-            self._mode.__enter__()  # type: ignore[no-untyped-call]
+        """Begin, unless the block lies in another one and that one is in force."""
+        self._modes = ExitStack()
+        if torch._C._is_torch_function_all_disabled():
+            self._modes.enter_context(torch._C._EnableTorchFunction())
+        if not any(type(mode) is ExactLayers for mode in _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+            self._modes.enter_context(ExactLayers())
 
     def __exit__(self, *error: Any) -> None:
         """End what was begun."""
-        if self._mode is not None:
-            self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
-            _active.reset(self._token)
-
-
-_active: ContextVar[bool] = ContextVar("funcmeta_exact_layers", default=False)
+        self._modes.__exit__(*error)
 
 
 class ExactLayers(TorchFunctionMode):

@@ -209,7 +209,7 @@ def _forward_over_reverse(
     leaves = [inner_leaf(each.contiguous()) for each in ctx.saved_tensors]
     thetas = leaves[: ctx.count]
     try:
-        with torch.enable_grad(), forward_ad.dual_level():
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
             duals = [
                 leaf if by is None else forward_ad.make_dual(leaf, by.contiguous())  # type: ignore[no-untyped-call]
                 for leaf, by in zip(thetas, along, strict=True)

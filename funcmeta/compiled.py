@@ -1,5 +1,6 @@
 """A problem whose step and meta-loss are compiled, each once, with its vector-Jacobian product."""
 
+import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -158,6 +159,8 @@ class _Variant:
         self._plain = plain
         self._arguments, self._results = tree.hollow(trees), None
         self.shapes = [tensor.shape for tensor in tensors]
+        before, after = (sum(isinstance(leaf, Tensor) for leaf in tree.leaves(trees[:end])) for end in (1, 2))
+        self._state = [before <= place < after and each.is_floating_point() for place, each in enumerate(tensors)]
         current = steering()
         self._rule = current.rule if current else exact
         self._autocast = Autocast(tensors)
@@ -170,9 +173,10 @@ class _Variant:
         if current is not None:
             current.taken += self._taken
         with torch._C.DisableTorchFunction():
-            wanted = tuple([tensor.requires_grad for tensor in tensors]) if torch.is_grad_enabled() else ()
-        if not any(wanted):
+            moving = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
+        if not any(moving):
             return tree.filled(self._results, self.lowered(tensors, seed))
+        wanted = tuple(map(operator.or_, moving, self._state))  # a first step has constants where the others have not
         if wanted not in self._derivatives:
             self._derivatives[wanted] = Derivative(self.lowered, wanted)
         derivative = self._derivatives[wanted]

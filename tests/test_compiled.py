@@ -235,7 +235,7 @@ def test_the_number_of_steps_compiles_nothing(memory: Any, kernels: list[Any]) -
     fast = aten(problem)
     meta_gradient(fast, meta, steps=3, memory=memory)
     made = len(kernels)
-    assert made <= 5  # one more where the first step's optimizer state needs no derivative
+    assert made <= 5  # forward and backward of both, and a step without a graph
     meta_gradient(fast, meta, steps=30, memory=memory)
     assert len(kernels) == made
 
@@ -357,9 +357,9 @@ def using_the_seed_in_a_tensor(w: Tensor, batch: Any, seed: int) -> Tensor:
 REFUSED: list[tuple[Any, str]] = [
     (item, r"could not be recorded at 'return wavy\(w, batch\) \* w\.sum\(\)\.item\(\)' .*test_compiled\.py, line \d+"),
     (branching, r"could not be recorded at 'return wavy.* if w\.sum\(\) > 0 else .*test_compiled\.py, line \d+"),
-    (own_generator, r"draws from a torch\.Generator of its own .* Draw without a generator"),
-    (counting, "computes with its seed|differs from what the function itself gives"),
-    (counting_in_python, "computes with its seed|differs from what the function itself gives"),
+    (own_generator, r"draws with a generator of its own"),
+    (counting, "computes with its seed|from what the function itself gives"),
+    (counting_in_python, "computes with its seed|from what the function itself gives"),
     (writing, r"writes into a tensor that it was given or has captured\. Let it return new tensors"),
     (using_the_seed, "computes with its seed, so that every step would be compiled anew. Draw from"),
     (using_the_seed_in_a_tensor, "computes with its seed, so that every step would be compiled anew. Draw from"),
@@ -374,18 +374,16 @@ def test_what_can_not_be_compiled(loss: Any, message: str) -> None:
 
 
 def test_a_counter_outside_that_shows_late_is_seen_in_the_first_comparison() -> None:
-    """Every call adds to it: the recorded function has the number of the recording, the function itself the next."""
+    """Every call adds to it: four make the recording, and the function itself is compared with it after that."""
     calls = [0]
 
     def step(meta: Any, w: Tensor, batch: Any, seed: int) -> Any:
         value, slope = fm.value_and_grad(lambda w: wavy(w, batch))(w)
         calls[0] += 1
-        return w - 0.1 * slope * (1 if calls[0] <= 2 else 2), fm.StepInfo(value)
+        return w - 0.1 * slope * (1 if calls[0] <= 4 else 2), fm.StepInfo(value)
 
     problem, meta = by_hand(step)
-    with pytest.raises(
-        fm.CompileError, match=r"differs from what the function itself gives by .*more than its arguments"
-    ):
+    with pytest.raises(fm.CompileError, match=r"from what the function itself gives.*more than its arguments"):
         meta_gradient(aten(problem), meta)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import funcmeta as fm
-from funcmeta._exact_layers import ExactLayers
+from funcmeta._exact_layers import ExactLayers, exact_layers
 from funcmeta.testing import finite_difference
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -268,3 +268,44 @@ def test_a_step_of_ones_own_gets_exact_layers_too(name: str) -> None:
     for strategy in ("vmap", "loop"):
         check = fm.testing.check_meta_grad(problem, meta, tasks, steps=2, strategy=strategy)
         assert check.worst.error < 1e-6
+
+
+# ---- wherever the block is entered
+
+
+def third_derivative(norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """The derivative of a Hessian-vector product of a batch normalization, in fixed directions."""
+    with fm.rng.forked(0):
+        x, *along = torch.randn(3, 6, 2).double()
+    slope = x.requires_grad_()
+    result = norm(slope).pow(3).sum()
+    for direction in along:
+        (first,) = torch.autograd.grad(result, slope, create_graph=True)
+        result = (first * direction).sum()
+    return torch.autograd.grad(result, slope)[0]
+
+
+class Handled(torch.overrides.TorchFunctionMode):
+    """Does something in the place of torch.sin, while no other mode is in force."""
+
+    def __init__(self, instead: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.instead = instead
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.instead() if func is torch.sin else func(*args, **(kwargs or {}))
+
+
+def test_the_block_is_in_force_where_modes_are_off() -> None:
+    def within() -> Tensor:
+        with exact_layers():
+            return third_derivative(lambda x: F.batch_norm(x, None, None, training=True))
+
+    expected = third_derivative(lambda x: (x - x.mean(0)) / torch.sqrt(x.var(0, correction=0) + 1e-5))
+    torch.testing.assert_close(within(), expected)
+    with exact_layers(), torch._C.DisableTorchFunction():
+        torch.testing.assert_close(within(), expected)
+    with Handled(within), exact_layers():
+        torch.testing.assert_close(torch.sin(torch.ones(1)), expected)
+    wrong = third_derivative(lambda x: F.batch_norm(x, None, None, training=True))
+    assert float((wrong - expected).abs().max()) > 1e-3
