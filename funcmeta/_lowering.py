@@ -321,7 +321,7 @@ def _is_draw(node: Node) -> bool:
 def _check_pure(graph: GraphModule) -> None:
     """Raise when what was recorded draws from a generator of its own, or writes into something."""
     for node in graph.graph.nodes:
-        if _is_draw(node) and any(isinstance(each, torch.Generator) for each in (*node.args, *node.kwargs.values())):
+        if _is_draw(node) and node.kwargs.get("generator") is not None:
             raise CompileError(
                 f"The function draws from a torch.Generator of its own ({node.target}), which every call would "
                 f"advance. Draw without a generator: torch's global one is seeded for every step."

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import CASES, MODELS, PAIRS, TASKS, build, equals_truth
+from contract_cases import CASES, ESTIMATORS, MODELS, PAIRS, TASKS, build, equals_truth
 from torch import Tensor
 
 import funcmeta as fm
@@ -21,6 +21,7 @@ MANY = ("loop", "vmap")
 cases = pytest.mark.parametrize(("model", "optimizer", "steps"), CASES)
 pairs = pytest.mark.parametrize(("model", "optimizer"), PAIRS)
 models = pytest.mark.parametrize("model", MODELS)
+exactly = pytest.mark.filterwarnings("error::funcmeta.FallbackWarning")
 
 
 def loss_of(
@@ -198,3 +199,57 @@ def test_strategies_agree_when_differentiated_again(model: str) -> None:
     loop = reference_again(model, "adam", 3, "loop")
     for memory in (fm.StoreAll(), fm.Segments(2)):
         assert_agree(derivative_again(model, "adam", 3, "vmap", memory=memory), loop, TOLERANCES.exact)
+
+
+# ---- the other exact estimators
+
+
+@exactly
+@pytest.mark.parametrize("strategy", ["single", *MANY])
+@pairs
+def test_mixed_mode_is_reverse(model: str, optimizer: str, strategy: str) -> None:
+    memories = (fm.StoreAll(), fm.Segments(2), fm.Revolve(2)) if optimizer == "adam" else (fm.Segments(2),)
+    for memory in memories:
+        got = gradient(model, optimizer, 3, strategy, estimator=fm.MixedMode(), memory=memory)
+        assert_agree(got, reference(model, optimizer, 3, strategy), TOLERANCES.memory)
+
+
+@exactly
+@models
+def test_mixed_mode_is_reverse_over_many_steps(model: str) -> None:
+    got = gradient(model, "adam", 10, estimator=fm.MixedMode())
+    assert_agree(got, reference(model, "adam", 10), TOLERANCES.memory)
+
+
+@exactly
+@pytest.mark.parametrize("strategy", ["single", "vmap"])
+@models
+def test_mixed_mode_is_reverse_when_differentiated_again(model: str, strategy: str) -> None:
+    got = derivative_again(model, "adam", 3, strategy, estimator=fm.MixedMode(), memory=fm.Segments(2))
+    tolerance = TOLERANCES.memory if strategy == "single" else TOLERANCES.exact
+    assert_agree(got, reference_again(model, "adam", 3, strategy), tolerance)
+
+
+@pytest.mark.parametrize("strategy", ["single", "vmap"])
+@models
+def test_forward_mode_is_reverse(model: str, strategy: str) -> None:
+    got = gradient(model, "sgd momentum", 2, strategy, estimator=fm.ForwardMode())
+    assert_agree(got, reference(model, "sgd momentum", 2, strategy), TOLERANCES.exact)
+
+
+@exactly
+@pytest.mark.parametrize("name", ESTIMATORS)
+@models
+def test_the_others_in_single_precision_are_close_to_double(model: str, name: str) -> None:
+    for strategy in ("single", "vmap"):
+        got = gradient(model, "sgd momentum", 2, strategy, torch.float32, estimator=ESTIMATORS[name])
+        assert_agree(got, reference(model, "sgd momentum", 2, strategy), TOLERANCES.single)
+
+
+@exactly
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("model", ["mlp", "conv groupnorm"])
+def test_the_others_equal_finite_differences(model: str, name: str) -> None:
+    problem, meta, tasks = build(model, "adam")
+    truth = check(model, "adam", 3)
+    check_meta_grad(problem, meta, take(tasks, 0), steps=3, estimator=ESTIMATORS[name], reference=truth)

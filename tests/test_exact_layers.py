@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import funcmeta as fm
-from funcmeta._exact_layers import ExactLayers, exact_layers
+from funcmeta._exact_layers import DualLayers, ExactLayers, exact_layers
 from funcmeta.testing import finite_difference
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -273,6 +273,10 @@ def test_a_step_of_ones_own_gets_exact_layers_too(name: str) -> None:
 # ---- wherever the block is entered
 
 
+def fused(x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, training=True)
+
+
 def third_derivative(norm: Callable[[Tensor], Tensor]) -> Tensor:
     """The derivative of a Hessian-vector product of a batch normalization, in fixed directions."""
     with fm.rng.forked(0):
@@ -299,7 +303,7 @@ class Handled(torch.overrides.TorchFunctionMode):
 def test_the_block_is_in_force_where_modes_are_off() -> None:
     def within() -> Tensor:
         with exact_layers():
-            return third_derivative(lambda x: F.batch_norm(x, None, None, training=True))
+            return third_derivative(fused)
 
     expected = third_derivative(lambda x: (x - x.mean(0)) / torch.sqrt(x.var(0, correction=0) + 1e-5))
     torch.testing.assert_close(within(), expected)
@@ -307,5 +311,73 @@ def test_the_block_is_in_force_where_modes_are_off() -> None:
         torch.testing.assert_close(within(), expected)
     with Handled(within), exact_layers():
         torch.testing.assert_close(torch.sin(torch.ones(1)), expected)
-    wrong = third_derivative(lambda x: F.batch_norm(x, None, None, training=True))
-    assert float((wrong - expected).abs().max()) > 1e-3
+
+
+def test_torch_is_still_wrong_there() -> None:
+    expected = third_derivative(lambda x: (x - x.mean(0)) / torch.sqrt(x.var(0, correction=0) + 1e-5))
+    assert float((third_derivative(fused) - expected).abs().max()) > 1e-3
+
+
+# ---- layers with a second derivative in forward mode
+
+DUAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **{
+        f"{name} {reduction}": lambda x, y, loss=loss, options=options, reduction=reduction: loss(
+            x, y, reduction=reduction, **options
+        )
+        for name, loss, options in (
+            ("mse", F.mse_loss, {}),
+            ("huber", F.huber_loss, {}),
+            ("huber, wide", F.huber_loss, {"delta": 2.5}),
+            ("huber, narrow", F.huber_loss, {"delta": 0.2}),
+        )
+        for reduction in ("mean", "sum", "none")
+    },
+    "mse, broadcast": lambda x, y: F.mse_loss(x, y[:1].expand_as(x)),
+    "mse, weighted": lambda x, y: F.mse_loss(x, y, weight=y.square()),
+    "huber, weighted": lambda x, y: F.huber_loss(x, y, weight=y.square()),
+    "mse, the old arguments": lambda x, y: F.mse_loss(x, y, False, False, "sum"),
+    "group norm": lambda x, y: F.group_norm(x, 2, y[0], y[1]),
+    "group norm without weights": lambda x, y: F.group_norm(x, 4),
+    "group norm with a large eps": lambda x, y: F.group_norm(x, 1, y[0], None, eps=0.3),
+    "group norm of images": lambda x, y: F.group_norm(x.reshape(2, 4, 2, 1), 2, y[0], y[1]),
+    "silu": lambda x, y: F.silu(x * y),
+    "mish": lambda x, y: F.mish(x * y),
+    "silu in place": lambda x, y: F.silu(x * y, inplace=True),
+    "mish in place": lambda x, y: F.mish(x * y, inplace=True),
+}
+
+
+def derivatives(layer: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """Value, gradient, and the derivative of the gradient along a direction."""
+    with fm.rng.forked(6):
+        x, y, along = (torch.randn(4, 4).double().requires_grad_() for _ in range(3))
+    value = layer(x, y)
+    first = torch.autograd.grad(value.sin().sum(), (x, y), create_graph=True, materialize_grads=True)
+    second = torch.autograd.grad((first[0] * along).sum() + (first[1] * along).sum(), (x, y), materialize_grads=True)
+    return value, *first, *second
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
+@pytest.mark.parametrize("name", DUAL)
+def test_dual_layers_are_those_of_torch(name: str) -> None:
+    with DualLayers():
+        ours = derivatives(DUAL[name])
+    torch.testing.assert_close(ours, derivatives(DUAL[name]), rtol=1e-10, atol=1e-12)
+
+
+NOT_DUAL = ("in place", "weighted", "arguments")
+
+
+@pytest.mark.parametrize("name", [name for name in DUAL if not name.endswith(NOT_DUAL)])
+def test_dual_layers_have_a_second_derivative_in_forward_mode(name: str) -> None:
+    with fm.rng.forked(6):
+        x, y, along = (torch.randn(4, 4).double() for _ in range(3))
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: DUAL[name](x, y).sin().sum())(x)
+
+    expected = torch.func.vjp(gradient, x)[1](along)[0]
+    with DualLayers():
+        got = torch.func.jvp(gradient, (x,), (along,))[1]
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)

@@ -104,3 +104,31 @@ def test_forked_seeds_the_current_cuda_device_too() -> None:
     assert torch.equal(torch.cuda.get_rng_state(), before)
     with rng.forked(9):
         assert torch.equal(torch.rand(4, device="cuda"), inside)
+
+
+def test_returned_to_draws_again_what_was_drawn_after_the_states() -> None:
+    torch.rand(3)
+    states = rng.states()
+    expected = torch.rand(4), torch.randn(2)
+    now = torch.get_rng_state()
+    for _ in range(2):
+        with rng.returned_to(states):
+            assert torch.equal(torch.rand(4), expected[0])
+            assert torch.equal(torch.randn(2), expected[1])
+        assert torch.equal(torch.get_rng_state(), now)
+
+
+def test_states_are_copies() -> None:
+    states = rng.states()
+    kept = [each.clone() for each in states]
+    torch.rand(3)
+    assert all(torch.equal(*pair) for pair in zip(states, kept, strict=True))
+
+
+def test_returned_to_puts_the_state_back_after_an_error() -> None:
+    states = rng.states()
+    torch.rand(1)
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="size"), rng.returned_to(states):
+        torch.rand(2) @ torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
