@@ -33,9 +33,11 @@ class FewShot(NamedTuple):
 
 def torch_contestants(case: FewShot, *, peers: bool) -> dict[str, Run]:
     """By hand, by funcmeta, and by the peers that are installed."""
-    found = {"by hand, loop": by_hand_loop(case), "funcmeta eager": funcmeta(case)}
-    if hasattr(fm, "compile"):
-        found["funcmeta compiled"] = funcmeta(case, compiled=True)
+    found = {
+        "by hand, loop": by_hand_loop(case),
+        "funcmeta eager": funcmeta(case),
+        "funcmeta compiled": funcmeta(case, compiled=True),
+    }
     if peers and find_spec("torchopt"):
         found["torchopt MetaSGD"] = torchopt_meta_sgd(case)
     if peers and find_spec("higher"):

@@ -130,9 +130,11 @@ def by_hand(training: Training) -> Run:
 
 def contestants(training: Training, settings: Settings) -> dict[str, Run]:
     """Everyone, the reference first."""
-    found = {"by hand, loop": by_hand(training), "funcmeta eager": funcmeta(training)}
-    if hasattr(fm, "compile"):
-        found["funcmeta compiled"] = funcmeta(training, compiled=True)
+    found = {
+        "by hand, loop": by_hand(training),
+        "funcmeta eager": funcmeta(training),
+        "funcmeta compiled": funcmeta(training, compiled=True),
+    }
     if settings.peers and find_spec("jax"):
         import w3_jax
 

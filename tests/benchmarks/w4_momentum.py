@@ -44,10 +44,11 @@ def build(quick: bool) -> Training:
 
 def policies(quick: bool) -> dict[str, Memory]:
     """What is compared."""
-    found: dict[str, Memory] = {"funcmeta StoreAll": fm.StoreAll(), "funcmeta Segments": fm.Segments()}
-    if hasattr(fm, "Revolve"):
-        found["funcmeta Revolve(12)"] = fm.Revolve(2 if quick else 12)
-    return found
+    return {
+        "funcmeta StoreAll": fm.StoreAll(),
+        "funcmeta Segments": fm.Segments(),
+        "funcmeta Revolve(12)": fm.Revolve(2 if quick else 12),
+    }
 
 
 def funcmeta(training: Training, steps: int, memory: Memory) -> Run:
@@ -116,7 +117,7 @@ def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
         if needed:
             rows[name] = Row(name, rows[name].seconds, needed.live_bytes, needed.resident_bytes)
     long = None
-    if hasattr(fm, "budget") and not settings.quick:
+    if not settings.quick:
         long = peak_of("W4", LONG, settings, 10 * steps)
     if long:
         rows[LONG] = Row(LONG, [long.seconds], long.live_bytes, long.resident_bytes)
