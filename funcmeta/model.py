@@ -1,7 +1,7 @@
 """A module as a pure function of its parameters, its buffers and its inputs."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +24,8 @@ class FunctionalModel:
     - A weight that the module uses under several names is one entry of ``params`` and stays one weight.
     - Buffers (BatchNorm statistics, counters) are constants: copied in and returned, never written in place.
     - Dropout and other draws follow ``seed``: the same seed gives the same draws, and the global generator is put back.
+    - A module whose forward names ``checkpoint`` (``torch.utils.checkpoint``) runs as a copy that keeps its tensors,
+      because it is run again in the backward pass.
     - Attention runs through PyTorch's MATH backend, and recurrent layers without cuDNN and oneDNN: the other backends
       lack derivatives, or take many times longer for the second. Batch, layer, instance and weight normalization are
       computed by elementary operations, because torch's fused kernels are wrong under ``vmap`` and in third, that of
@@ -50,6 +52,7 @@ class FunctionalModel:
         self._skeleton = _skeleton(module)
         self._modes = [each.training for each in self._skeleton.modules()]
         self._mode: bool | None = None
+        self._recomputes = any(_mentions_checkpoint(each) for each in module.modules())
         self._recurrent = any(isinstance(each, nn.RNNBase) for each in module.modules())
 
     def __call__(
@@ -87,8 +90,19 @@ class FunctionalModel:
         tensors.update({alias: tensors[name] for alias, name in self._aliases.items()})
         plainly = _plain_recurrence() if self._recurrent else nullcontext()
         with exact_layers(), plainly, nullcontext() if seed is None else rng.forked(seed):
-            out = torch.func.functional_call(self._skeleton, tensors, args, kwargs, tie_weights=False)
+            if self._recomputes:
+                out = self._filled(tensors)(*args, **kwargs)
+            else:
+                out = torch.func.functional_call(self._skeleton, tensors, args, kwargs, tie_weights=False)
         return out, {name: self._constant(name, tensors[name]) for name in buffers}
+
+    def _filled(self, tensors: dict[str, Tensor]) -> nn.Module:
+        """A copy of the structure that holds these tensors for good, as a module that is run again later needs it."""
+        hollow = {**dict(self._skeleton.named_parameters()), **dict(self._skeleton.named_buffers())}
+        module = copy.deepcopy(self._skeleton, {id(tensor): tensors[name] for name, tensor in hollow.items()})
+        for each in module.modules():
+            each.forward = _exactly(each.forward)
+        return module
 
     def _check(self, params: Params, buffers: Buffers) -> None:
         for what, got, expected in (
@@ -174,6 +188,23 @@ def init_params(module: nn.Module) -> Params:
     """
     _check_module(module)
     return {name: tensor.detach().clone().requires_grad_() for name, tensor in _trainable(module).items()}
+
+
+def _exactly(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A module's forward with exact layers, whenever it is called."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with exact_layers():
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def _mentions_checkpoint(module: nn.Module) -> bool:
+    """Whether a module's forward names ``checkpoint``: what runs again in a backward pass."""
+    code = getattr(type(module).forward, "__code__", None)
+    named = code is not None and any("checkpoint" in name for name in (*code.co_names, *code.co_freevars))
+    return named or any("checkpoint" in name for name in vars(module))
 
 
 def _trainable(module: nn.Module) -> Params:

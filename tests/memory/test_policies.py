@@ -393,6 +393,46 @@ def test_a_loss_that_checkpoints_itself(memory: Any, twice: bool) -> None:
     close(gradient(ours, memory, twice=twice), gradient(plain, fm.StoreAll(), twice=twice))
 
 
+class CheckpointedPart(torch.nn.Module):
+    """A part with a normalization, of which no activation is kept."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.part = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Tanh())
+        self.head = torch.nn.Linear(4, 2)
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointed:
+            x = torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False)
+        else:
+            x = self.part(x)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def with_a_part(checkpointed: bool) -> Setting:
+    with fm.rng.forked(3):
+        net = CheckpointedPart(checkpointed).double()
+        batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    problem = fm.inner_problem(
+        net,
+        lambda meta, predict, batch: (predict(batch[0]) - batch[1]).square().mean(),
+        optimizer=lambda meta: fm.optim.sgd(meta["lr"], momentum=0.7),
+    )
+    meta = {"params": fm.init_params(net), "lr": torch.tensor(0.2).double().requires_grad_()}
+    return Setting(problem, meta, fm.Task(batch, batch))
+
+
+@twice
+@pytest.mark.parametrize("memory", [fm.StoreAll(), *FIXED], ids=repr)
+def test_a_module_that_checkpoints_itself(memory: Any, twice: bool) -> None:
+    ours, plain = with_a_part(True), with_a_part(False)
+    close(gradient(ours, memory, twice=twice), gradient(plain, fm.StoreAll(), twice=twice))
+    if not twice:
+        got = gradient(ours, memory, estimator=fm.MixedMode())
+        close(got, gradient(plain, fm.StoreAll()))
+
+
 def test_under_vmap_torch_refuses_such_a_loss() -> None:
     """With an error of its own, which speaks of functorch: strategy="loop" is the way."""
     with pytest.raises(RuntimeError, match="functorch"):
