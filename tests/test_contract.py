@@ -183,7 +183,8 @@ def test_the_second_derivative_equals_finite_differences(model: str, strategy: s
 @pytest.mark.parametrize("strategy", ["single", "vmap"])
 @pytest.mark.parametrize("model", ["conv batchnorm", "attention"])
 def test_fused_normalization_would_be_found_out(model: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_exact_layers, "_EXACT", {})
+    fused = {layer: run for layer, run in _exact_layers._EXACT.items() if "norm" not in layer.__name__}
+    monkeypatch.setattr(_exact_layers, "_EXACT", fused)
     assert max(second_derivative_errors(model, strategy)) > 1e3 * TOLERANCES.fixed
 
 
