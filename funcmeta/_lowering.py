@@ -65,6 +65,7 @@ class Lowered:
     ) -> None:
         self.fn, self.seed, self.where = fn, seed, where
         self._options = options
+        self._varies, self._sizes = dynamic, [tensor.shape for tensor in examples]
         self.dynamic = any(map(any, dynamic))
         self._shapes = ShapeEnv() if self.dynamic else None
         self.mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=self._shapes)
@@ -80,9 +81,10 @@ class Lowered:
         """The results, without a graph; compiled when they are first needed, and then compared."""
         if self._kernel is not None:
             return self.run(self._kernel, tensors, seed)
-        self._kernel = self.kernel(self._graph, self.inputs)
-        results = self.run(self._kernel, tensors, seed)
+        kernel = self.kernel(self._graph, self.inputs)
+        results = self.run(kernel, tensors, seed)
         compare(results, self.plain(tensors, seed), "result")
+        self._kernel = kernel
         return results
 
     def run(self, kernel: Kernel, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
@@ -100,7 +102,15 @@ class Lowered:
 
     def accepts(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the kernels hold for inputs of these shapes too."""
-        return self._shapes is not None and bool(self._shapes.evaluate_guards_for_args(self.inputs, tensors))  # type: ignore[arg-type]
+        if self._shapes is None:
+            return False
+        sizes = zip(self._varies, self._sizes, tensors, strict=True)
+        fixed = all(
+            varies or size == own
+            for each, sizes_then, tensor in sizes
+            for varies, size, own in zip(each, sizes_then, tensor.shape, strict=True)
+        )
+        return fixed and bool(self._shapes.evaluate_guards_for_args(self.inputs, tensors))  # type: ignore[arg-type]
 
     def recorded(self, fn: Callable[..., list[Tensor]], inputs: list[Tensor]) -> GraphModule:
         """The ATen graph of a function: functional, and decomposed as inductor wants it."""
@@ -167,15 +177,14 @@ class Derivative:
 
     def forward(self, tensors: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
         """The results, and what ``backward`` needs besides the inputs."""
-        first = self._forward is None
-        if self._forward is None:
-            self._forward = self._lowered.kernel(self._split.forward, self._lowered.inputs)
-        both = self._lowered.run(self._forward, tensors, seed)
+        kernel = self._forward or self._lowered.kernel(self._split.forward, self._lowered.inputs)
+        both = self._lowered.run(kernel, tensors, seed)
         results, kept = both[: len(self.differentiable)], both[len(self.differentiable) :]
         if self._lowered.dynamic:
             kept = [each.contiguous() for each in kept]
-        if first:
+        if self._forward is None:
             compare(results, self._lowered.plain(tensors, seed), "result")
+            self._forward = kernel
         return results, kept
 
     def backward(
@@ -183,14 +192,13 @@ class Derivative:
     ) -> Iterator[Tensor]:
         """The gradients of the inputs that are reached, for cotangents of the differentiable results."""
         ready = [contiguous(each) for each in cotangents]
-        first = self._backward is None
-        if self._backward is None:
-            self._backward = self._lowered.kernel(self._split.backward, self._places(kept))
+        kernel = self._backward or self._lowered.kernel(self._split.backward, self._places(kept))
         with torch.no_grad():
-            found = self._backward([*tensors, *kept, *ready])
-        if first:
+            found = kernel([*tensors, *kept, *ready])
+        if self._backward is None:
             with rng.forked(seed):
                 compare(found, self._plain(tensors, ready, seed), "gradient")
+            self._backward = kernel
         return iter(found)
 
     def _places(self, kept: Sequence[Tensor]) -> list[Tensor]:

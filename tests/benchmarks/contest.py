@@ -122,6 +122,10 @@ class Result:
         )
 
 
+IN_DOUBLE = 1e-8
+"""The tolerance where single precision says nothing: at the kinks of many ReLUs, or after many steps."""
+
+
 class Disagreement(AssertionError):
     """A contestant computes another gradient than the reference."""
 

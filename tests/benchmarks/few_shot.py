@@ -30,6 +30,11 @@ class FewShot(NamedTuple):
         """The number of tasks."""
         return len(self.tasks.query[0])
 
+    def double(self) -> "FewShot":
+        """The same in double precision."""
+        tasks = [tuple(each.double() if each.is_floating_point() else each for each in pair) for pair in self.tasks[:2]]
+        return self._replace(net=copy.deepcopy(self.net).double(), tasks=fm.Task(*tasks))
+
 
 def torch_contestants(case: FewShot, *, peers: bool) -> dict[str, Run]:
     """By hand, by funcmeta, and by the peers that are installed."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contest import Bar, Result, Run, Settings, check_agreement, fastest, race, ratio
+from contest import IN_DOUBLE, Bar, Result, Run, Settings, check_agreement, fastest, race, ratio
 from few_shot import FewShot, funcmeta, torch_contestants
 from machine import floor
 from torch import nn
@@ -54,7 +54,8 @@ def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
     """Gradients compared, then the race, in which the first order runs along."""
     case = build(settings.quick)
     runs = contestants(case, settings)
-    check_agreement(runs, "by hand, loop")
+    check_agreement(torch_contestants(case.double(), peers=settings.peers), "by hand, loop", IN_DOUBLE)
+    check_agreement({name: run for name, run in runs.items() if name != "funcmeta compiled"}, "by hand, loop")
     rows = race({**runs, "funcmeta first order": funcmeta(case, estimator=fm.FirstOrder())}, settings)
     eager, compiled, first = (fastest(rows, f"funcmeta {name}") for name in ("eager", "compiled", "first order"))
     peer = fastest(rows, "torchopt", "higher", "jax")

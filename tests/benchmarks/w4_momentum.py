@@ -1,11 +1,12 @@
 """W4: learning rate and momentum by the exact gradient through 1,000 steps of training, under every memory policy."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from contest import Bar, Result, Row, Run, Settings, check_agreement, fastest, race, ratio
+from contest import IN_DOUBLE, Bar, Result, Row, Run, Settings, check_agreement, fastest, race, ratio
 from machine import floor
 from peaks import peak_of
 from torch import Tensor, nn
@@ -30,6 +31,11 @@ class Training(NamedTuple):
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Of this step."""
         return self.batches[step % len(self.batches)]
+
+    def double(self) -> "Training":
+        """The same in double precision."""
+        meta = {name: leaf.detach().double().requires_grad_() for name, leaf in self.meta.items()}
+        return Training(copy.deepcopy(self.net).double(), meta, [(x.double(), y) for x, y in self.batches])
 
 
 def build(quick: bool) -> Training:
@@ -110,7 +116,9 @@ def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
         "by hand": by_hand(training, steps),
         **{name: funcmeta(training, steps, memory) for name, memory in named.items()},
     }
-    check_agreement(runs, "by hand")
+    exact, few = training.double(), min(steps, 100)
+    ways = {name: funcmeta(exact, few, memory) for name, memory in named.items()}
+    check_agreement({"by hand": by_hand(exact, few), **ways}, "by hand", IN_DOUBLE)
     rows = {row.name: row for row in race(runs, settings)}
     for name in () if settings.quick else named:
         needed = peak_of("W4", name, settings, steps, live=True)
