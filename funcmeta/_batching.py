@@ -24,7 +24,7 @@ from torch._functorch.predispatch import lazy_load_decompositions
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from funcmeta import tree
-from funcmeta._errors import StructureError
+from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._typing import Tree
 
 
@@ -56,9 +56,13 @@ class Level:
     @contextmanager
     def entered_again(self) -> Iterator[None]:
         """Compute per task inside the block, after the function has returned; what it captured is valid again."""
-        assert _vmap_increment_nesting(self.tasks, "different") == self._number
+        number = _vmap_increment_nesting(self.tasks, "different")
         token = _level.set(self)
         try:
+            if number != self._number:
+                raise ArgumentError(
+                    "MixedMode over stacked tasks can not run backward inside torch.func. Use Reverse()."
+                )
             yield
         finally:
             _level.reset(token)

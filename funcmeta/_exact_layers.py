@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -64,7 +65,10 @@ class DualLayers(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         run: Callable[..., Any] = _DUAL.get(func, func)
-        return run(*args, **(kwargs or {}))
+        if torch.is_grad_enabled():
+            return run(*args, **(kwargs or {}))
+        with forward_ad._set_fwd_grad_enabled(False):  # forward mode alone does not heed torch.no_grad
+            return run(*args, **(kwargs or {}))
 
 
 def _batch_norm(
@@ -137,6 +141,9 @@ def _normalized(
     eps: float,
 ) -> Tensor:
     """(input − mean) / √(variance + eps) · weight + bias, with the statistics taken over some dimensions."""
+    if input.dtype in (torch.float16, torch.bfloat16):  # sums of squares need more room than these have
+        weight, bias = (None if each is None else each.float() for each in (weight, bias))
+        return _normalized(input.float(), over, weight, bias, shape, eps).to(input.dtype)
     count = math.prod(input.shape[dim] for dim in over)  # torch.var_mean takes six times as long on a CPU,
     centered = input - input.sum(over, keepdim=True) / count  # and the derivative of a mean writes out its quotient
     scale = torch.rsqrt(centered.square().sum(over, keepdim=True) / count + eps)

@@ -114,7 +114,8 @@ class Lowered:
 
     def recorded(self, fn: Callable[..., list[Tensor]], inputs: list[Tensor]) -> GraphModule:
         """The ATen graph of a function: functional, and decomposed as inductor wants it."""
-        table = select_decomp_table()
+        with inductor_config.patch({"fallback_random": True}):
+            table = select_decomp_table()
         with self.mode, explained():
             graph = make_fx(fn, decomposition_table=table, _allow_non_fake_inputs=True)(*inputs)
             pure = torch.func.functionalize(graph, remove="mutations")

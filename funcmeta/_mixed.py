@@ -82,6 +82,7 @@ class _Inner:
                     found = torch.autograd.grad(total, leaves, allow_unused=True)
                 check_depends(any(grad is not None for grad in found))
                 retire([*leaves, *finder.stand_ins])
+        self._value = total.detach()
         self._captured = [finder.captured[index] for index in used]
         self.phis = [finder.originals[index] for index in used]
         grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
@@ -100,6 +101,13 @@ class _Inner:
             raise ReplayError(
                 "The inner loss was evaluated again in the backward pass and depended on other tensors than the first "
                 "time. Let it read what it needs from its arguments and from `meta` and `state`, or use Reverse()."
+            )
+        value = self.total(results).detach()
+        if type(value) is Tensor and not _close(value, self._value):
+            raise ReplayError(
+                f"The inner loss was evaluated again in the backward pass and came out as {float(value):.8g}, the "
+                f"first time as {float(self._value):.8g}. Let it be a function of its arguments alone: no loop variables, "
+                f"counters or generators from outside, no batch that is written over. Or use Reverse()."
             )
         return results
 
@@ -268,6 +276,11 @@ def _pull_back(
 
 def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return left if right is None else right if left is None else left + right
+
+
+def _close(value: Tensor, before: Tensor) -> bool:
+    tolerance = torch.finfo(before.dtype).eps ** 0.5
+    return bool(torch.isclose(value, before, rtol=tolerance, atol=tolerance, equal_nan=True))
 
 
 def _sequence_number() -> int:

@@ -18,7 +18,7 @@ from funcmeta._gradient import exact, steered, steering
 from funcmeta._graph import inside_functorch
 from funcmeta._lowering import Derivative, Lowered, contiguous
 from funcmeta._typing import Tree
-from funcmeta.problem import Problem
+from funcmeta.problem import Problem, StepInfo
 
 Backend = Literal["inductor", "aten"]
 
@@ -32,6 +32,7 @@ def compile(problem: Problem, *, backend: Backend = "inductor", dynamic: bool = 
     Step and one-step vector-Jacobian product (λ ↦ λᵀ ∂step/∂(meta, state), derivatives of inner gradients included) are
     recorded and compiled once each for every combination of shapes, dtypes, estimator and number of stacked tasks, so
     the time to compile does not depend on the number of steps. The first time, either is compared with the plain one.
+    What a function captures besides its arguments is a part of what was recorded, and keeps the value it had then.
     The backward pass of a step begins at its inputs: a compiled unroll keeps the states, and no graph within a step.
 
     Args:
@@ -41,7 +42,7 @@ def compile(problem: Problem, *, backend: Backend = "inductor", dynamic: bool = 
         dynamic: whether sizes that differ from call to call become variables, so that a third size compiles nothing;
             otherwise every size is compiled for itself.
         **options: settings of inductor by their names in ``torch._inductor.config``, with ``__`` for a dot, such as
-            ``max_autotune=True`` or ``triton__cudagraphs=True`` (CUDA graphs).
+            ``max_autotune=True``.
 
     Returns:
         A ``Problem`` for every estimator, memory policy and strategy. Its meta-loss can be differentiated once.
@@ -120,7 +121,7 @@ class Compiled:
             tensors = [contiguous(tensor) for tensor in tensors]
             shapes = tuple([tensor.shape for tensor in tensors])
             variant = self._variants.get((structure, shapes))
-        if variant is None:
+        if variant is None or (variant.lowered.dynamic and not variant.lowered.accepts(tensors)):
             variant = self._variants[structure, shapes] = self._variant(trees, tensors, seed, structure)
         return variant(tensors, seed)
 
@@ -189,7 +190,7 @@ class _Variant:
 
     def _flat(self, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
         with rng.forked(seed), exact_layers(), self._autocast.again(), steered(self._rule) as current:
-            results = self._plain(*tree.filled(self._arguments, tensors), seed)
+            results = _without_reports(self._plain(*tree.filled(self._arguments, tensors), seed))
         self._taken, self._results = current.taken, tree.hollow(results)
         return [leaf for leaf in tree.leaves(results) if isinstance(leaf, Tensor)]
 
@@ -237,6 +238,14 @@ def _distinct(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tenso
     return distinct
 
 
+def _without_reports(results: Tree) -> Tree:
+    """What a step returns, whose loss and aux are reports and carry no derivative."""
+    if isinstance(results, tuple) and isinstance(results[-1], StepInfo):
+        info = results[-1]
+        return *results[:-1], info._replace(loss=info.loss.detach(), aux=tree.detach(info.aux))
+    return results
+
+
 def _structure(value: Tree, tensors: list[Tensor]) -> Hashable:
     """What two trees have in common that the same kernel serves, but for shapes; their tensors are collected."""
     if isinstance(value, Tensor):
@@ -267,9 +276,7 @@ def _hashable(value: Any) -> Hashable:
 def _setting(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
     """What else decides what a function computes: the rule of inner gradients, and autocast."""
     current = steering()
-    autocast = torch.is_autocast_enabled(tensors[0].device.type) if tensors else False
-    rule = current.rule if current else exact
-    return rule, Autocast(tensors).key if autocast else (), torch.get_default_dtype()
+    return current.rule if current else exact, Autocast(tensors).key, torch.get_default_dtype()
 
 
 def _constants(trees: list[Tree]) -> str:

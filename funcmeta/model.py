@@ -1,7 +1,7 @@
 """A module as a pure function of its parameters, its buffers and its inputs."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -91,7 +91,9 @@ class FunctionalModel:
         plainly = _plain_recurrence() if self._recurrent else nullcontext()
         with exact_layers(), plainly, nullcontext() if seed is None else rng.forked(seed):
             if self._recomputes:
-                out = self._filled(tensors)(*args, **kwargs)
+                module = self._filled(tensors)
+                out = module(*args, **kwargs)
+                tensors.update({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
             else:
                 out = torch.func.functional_call(self._skeleton, tensors, args, kwargs, tie_weights=False)
         return out, {name: self._constant(name, tensors[name]) for name in buffers}
@@ -101,7 +103,7 @@ class FunctionalModel:
         hollow = {**dict(self._skeleton.named_parameters()), **dict(self._skeleton.named_buffers())}
         module = copy.deepcopy(self._skeleton, {id(tensor): tensors[name] for name, tensor in hollow.items()})
         for each in module.modules():
-            each.forward = _exactly(each.forward)
+            _with_exact_layers(each)
         return module
 
     def _check(self, params: Params, buffers: Buffers) -> None:
@@ -190,21 +192,27 @@ def init_params(module: nn.Module) -> Params:
     return {name: tensor.detach().clone().requires_grad_() for name, tensor in _trainable(module).items()}
 
 
-def _exactly(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A module's forward with exact layers, whenever it is called."""
+def _with_exact_layers(module: nn.Module) -> None:
+    """Let a module compute with exact layers whenever it is called."""
+    entered: list[exact_layers] = []
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with exact_layers():
-            return forward(*args, **kwargs)
+    def enter(*_: Any) -> None:
+        entered.append(exact_layers())
+        entered[-1].__enter__()
 
-    return run
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)
 
 
 def _mentions_checkpoint(module: nn.Module) -> bool:
     """Whether a module's forward names ``checkpoint``: what runs again in a backward pass."""
     code = getattr(type(module).forward, "__code__", None)
     named = code is not None and any("checkpoint" in name for name in (*code.co_names, *code.co_freevars))
-    return named or any("checkpoint" in name for name in vars(module))
+    held = [value for name, value in vars(module).items() if "checkpoint" in name]
+    return named or any(value is True or callable(value) for value in held)
 
 
 def _trainable(module: nn.Module) -> Params:

@@ -168,7 +168,7 @@ def _agree(expected: Tree, got: Tree) -> bool:
         return True
     if type(got) is not kind:
         return False
-    if kind is Tensor:
+    if kind is Tensor or kind is torch.nn.Parameter:
         shapes_agree: bool = expected.shape == got.shape and expected.dtype is got.dtype
         return shapes_agree and expected.device == got.device
     if kind is dict:

@@ -155,17 +155,29 @@ def _faster(
 ) -> Strategy:
     """The strategy that takes less time for so many steps here, measured once per shapes and device."""
     leaves = [leaf for leaf in tree.leaves((meta, first, tasks.query)) if isinstance(leaf, Tensor)]
-    key = (estimator, *[(leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves])
+    key = (
+        estimator,
+        steps == 1,
+        torch.is_grad_enabled(),
+        *[(leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves],
+    )
     known = _known.setdefault(getattr(problem.step, "__func__", problem.step), {})
     if key not in known:
         ways: tuple[Strategy, ...] = ("vmap", "loop")
-        known[key] = {each: _measured(each, problem, meta, tasks, number, estimator, seed) for each in ways}
+        known[key] = {each: _measured(each, problem, meta, tasks, number, estimator, steps, seed) for each in ways}
     costs = known[key]
     return min(costs, key=lambda each: costs[each].of(steps))
 
 
 def _measured(
-    strategy: Strategy, problem: Problem, meta: Meta, tasks: Task, number: int, estimator: Estimator, seed: int
+    strategy: Strategy,
+    problem: Problem,
+    meta: Meta,
+    tasks: Task,
+    number: int,
+    estimator: Estimator,
+    most: int,
+    seed: int,
 ) -> _Cost:
     """What a strategy costs, when it is run for the second time; infinite when vmap can not run the step.
 
@@ -189,6 +201,9 @@ def _measured(
         return time.perf_counter() - began
 
     try:
+        if most == 1:
+            seconds(1)
+            return _Cost(seconds(1), 0.0)
         seconds(2)
         one, two = (min(seconds(steps) for _ in range(2)) for steps in (1, 2))
         return _Cost(one, max(two - one, 0.0))

@@ -72,11 +72,12 @@ class ForwardMode:
         _check_captured(primal, meta)
         count = sum(leaf.numel() for leaf in moving)
         slopes = []
-        with torch.no_grad(), DualLayers(), _explained():
+        with DualLayers(), _explained():
             for first in range(0, count, self.chunk or count):
                 directions = _directions(moving, first, min(first + (self.chunk or count), count))
                 loss, path, along = _pushed_run(primal, _Movable(meta), directions)
                 slopes.append(along)
+        check_declared(tensors_of((path.state, loss)), [], primal)
         if loss is None:
             return Outcome(None, path)
         parts = torch.split(torch.cat(slopes), [leaf.numel() for leaf in moving])

@@ -1,7 +1,6 @@
 """Run steps by a plan: forward without a graph, then back, with the graph of a part of the steps at a time."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from funcmeta import tree
+from funcmeta._context import Autocast
 from funcmeta._errors import ArgumentError, UnreachedLeafError
 from funcmeta._graph import OPAQUE_EDGES, alias, check_declared, inner_leaf, inside_functorch
 from funcmeta._typing import Meta, Tree
@@ -154,7 +154,7 @@ class _Run:
         self._before, self._after, self.middle = actions[:turn], actions[turn + 1 :], actions[turn][0]
         self._inputs, self.meta_tensors = inputs.without_tensors(), meta_tensors
         self._step, self._start, self._device = Witness(step), start, device
-        self._autocast = _autocast_state(inputs.tensors)
+        self._autocast = Autocast(inputs.tensors)
         self._stored: dict[int, _Kept] | None = None
         self._expected: dict[int, str] = {}
         self._advice = ""
@@ -263,9 +263,7 @@ class _Run:
 
     def _advance(self, meta: Meta, state: Any, start: int, stop: int, share: Tensor | None) -> Trajectory:
         """Some steps, under the autocast of the first time."""
-        with ExitStack() as stack:
-            for options in self._autocast:
-                stack.enter_context(torch.autocast(**options))
+        with self._autocast.again():
             path = advance(self._step, meta, state, self._start + start, self._start + stop, share=share)
         self._step.arrived(self._start + stop, path.state)
         return path
@@ -281,14 +279,6 @@ def _leaf(leaf: Any) -> Any:
 
 def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     return more if total is None else total if more is None else total + more
-
-
-def _autocast_state(tensors: Iterable[Tensor]) -> list[dict[str, Any]]:
-    """What to hand to ``torch.autocast``, for each kind of device, to have it as it is now."""
-    return [
-        {"device_type": kind, "enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
-        for kind in {tensor.device.type for tensor in tensors}
-    ]
 
 
 class _Follow(torch.autograd.Function):
