@@ -106,7 +106,7 @@ class _Inner:
         if type(value) is Tensor and not _close(value, self._value):
             raise ReplayError(
                 f"The inner loss was evaluated again in the backward pass and came out as {float(value):.8g}, the "
-                f"first time as {float(self._value):.8g}. Let it be a function of its arguments alone: no loop variables, "
+                f"first time as {float(self._value):.8g}. Let it depend on its arguments alone: no loop variables, "
                 f"counters or generators from outside, no batch that is written over. Or use Reverse()."
             )
         return results

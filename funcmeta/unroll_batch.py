@@ -155,12 +155,8 @@ def _faster(
 ) -> Strategy:
     """The strategy that takes less time for so many steps here, measured once per shapes and device."""
     leaves = [leaf for leaf in tree.leaves((meta, first, tasks.query)) if isinstance(leaf, Tensor)]
-    key = (
-        estimator,
-        steps == 1,
-        torch.is_grad_enabled(),
-        *[(leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves],
-    )
+    shapes = [(leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves]
+    key = (estimator, steps == 1, torch.is_grad_enabled(), *shapes)
     known = _known.setdefault(getattr(problem.step, "__func__", problem.step), {})
     if key not in known:
         ways: tuple[Strategy, ...] = ("vmap", "loop")

@@ -478,3 +478,15 @@ def test_inside_torch_func_it_is_the_plain_problem() -> None:
         for each in (fast, problem)
     )
     close(ours, theirs)
+
+
+def test_a_leaf_that_only_the_reported_loss_depends_on_is_unreached() -> None:
+    def weighted(meta: Any, predict: Any, batch: Any) -> Tensor:
+        x, y = batch
+        return (meta["weights"] * (predict(x) - y).square()).mean()
+
+    problem = fm.inner_problem(mlp(), weighted, optimizer=optim.sgd(0.1), meta_loss_fn=mse)
+    meta = {"params": fm.init_params(mlp()), "weights": torch.ones(2).double().requires_grad_()}
+    for each in (problem, aten(problem)):
+        with pytest.raises(fm.UnreachedLeafError, match="weights"):
+            fm.unroll(each, meta, TASK, steps=2, estimator=fm.FirstOrder())

@@ -381,3 +381,13 @@ def test_dual_layers_have_a_second_derivative_in_forward_mode(name: str) -> None
     with DualLayers():
         got = torch.func.jvp(gradient, (x,), (along,))[1]
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_has_room_for_the_sums(dtype: torch.dtype) -> None:
+    with fm.rng.forked(7):
+        x = 5 * torch.randn(2, 4096)
+    with exact_layers():
+        got = F.layer_norm(x.to(dtype), (4096,))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), F.layer_norm(x, (4096,)), rtol=0.0, atol=0.05)

@@ -215,3 +215,8 @@ def test_dot_and_norm_are_differentiable() -> None:
     value = {"a": torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)}
     (gradient,) = torch.autograd.grad(tree.norm(value), value["a"])
     torch.testing.assert_close(gradient, torch.tensor([0.6, 0.8], dtype=torch.float64))
+
+
+def test_parameters_are_compared_like_tensors() -> None:
+    with pytest.raises(StructureError, match="expected float32"):
+        tree.check_same(torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3)))

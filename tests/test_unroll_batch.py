@@ -354,3 +354,9 @@ def test_arguments_are_checked_before_anything_runs() -> None:
     with pytest.raises(fm.ArgumentError, match="steps is -1"):
         fm.unroll_batch(problem, meta, tasks, steps=-1)
     assert fm.unroll_batch(problem, meta, tasks, steps=0).info.strategy == "vmap"
+
+
+def test_auto_takes_no_step_that_is_not_asked_for() -> None:
+    problem, meta, tasks = setting()
+    once = fm.Task(lambda index: [tasks.support][index], tasks.query)
+    assert fm.unroll_batch(problem, meta, once, steps=1).info.strategy in ("vmap", "loop")

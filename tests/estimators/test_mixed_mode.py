@@ -714,3 +714,50 @@ def test_a_carry_that_is_differentiated() -> None:
     carry = fm.Carry(first.state, 1)
     rest = fm.unroll(case.problem, case.meta, task, steps=STEPS - 1, carry=carry, estimator=fm.MixedMode())
     close(list(torch.autograd.grad(rest.loss, leaves)), list(gradient(case, fm.Reverse()).values()))
+
+
+# ---- what is not a derivative, and what does not come out the same twice
+
+
+def softly(meta: Any, predict: Any, batch: Any) -> Tensor:
+    """A loss with a target that is computed under no_grad, and so a constant."""
+    x, y = batch
+    with torch.no_grad():
+        target = predict(x).softmax(-1)
+    return (predict(x) - y).square().mean() - (target * predict(x).log_softmax(-1)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("estimator", [fm.MixedMode(), fm.ForwardMode()], ids=repr)
+def test_no_grad_is_heeded(estimator: Any) -> None:
+    """Forward mode alone would carry tangents through it."""
+    with fm.rng.forked(4):
+        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+        batch = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    problem = fm.inner_problem(net, softly, optimizer=lambda meta: fm.optim.sgd(meta["lr"], momentum=0.5))
+    meta = {"params": fm.init_params(net), "lr": torch.tensor(0.2).double().requires_grad_()}
+    got, expected = (
+        torch.autograd.grad(
+            fm.unroll(problem, meta, fm.Task(batch, batch), steps=3, estimator=each).loss, fm.tree.leaves(meta)
+        )
+        for each in (estimator, fm.Reverse())
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_loss_that_comes_out_otherwise_in_the_backward_pass() -> None:
+    """The variable of the loop has its last value there."""
+
+    def step(meta: Any, w: Tensor, batch: Tensor, seed: int) -> Any:
+        for row in batch:
+            value, slope = fm.value_and_grad(lambda w: (torch.sin(w * row) ** 2).sum())(w)  # noqa: B023
+            w = w - meta["lr"] * slope
+        return w, fm.StepInfo(value)
+
+    problem = fm.Problem(lambda meta, task, seed: meta["w"] * 1, step, lambda meta, w, query, seed: (w**3).sum())
+    meta = {"w": torch.tensor([0.3, 0.8]).double().requires_grad_(), "lr": torch.tensor(0.1).double().requires_grad_()}
+    task = fm.Task(torch.tensor([[1.0, 2.0], [0.5, 1.5]]).double(), None)
+    loss = fm.unroll(problem, meta, task, steps=2, estimator=fm.MixedMode()).loss
+    with pytest.raises(
+        fm.ReplayError, match="evaluated again in the backward pass and came out as .* no loop variables"
+    ):
+        loss.backward()
