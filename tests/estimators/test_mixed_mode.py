@@ -758,6 +758,6 @@ def test_a_loss_that_comes_out_otherwise_in_the_backward_pass() -> None:
     task = fm.Task(torch.tensor([[1.0, 2.0], [0.5, 1.5]]).double(), None)
     loss = fm.unroll(problem, meta, task, steps=2, estimator=fm.MixedMode()).loss
     with pytest.raises(
-        fm.ReplayError, match="evaluated again in the backward pass and came out as .* no loop variables"
+        fm.ReplayError, match=r"evaluated again in the backward pass and came out as .* no loop variables"
     ):
         loss.backward()
