@@ -38,7 +38,8 @@ def mixed(objective: Objective, params: Tree) -> Gradient:
     inner = _Inner(objective, params, tasks, thetas)
     found = inner.first(leaves)
     if found is None:
-        return exact(objective, params)
+        with rng.returned_to(inner.states):
+            return exact(objective, params)
     results, grads = found
     with left(tasks, []):
         if inner.phis or any(each.requires_grad for each in thetas):
@@ -54,7 +55,7 @@ class _Inner:
 
     def __init__(self, objective: Objective, params: Tree, tasks: Level | None, thetas: Sequence[Tensor]) -> None:
         self._objective, self._params, self._tasks = objective, tree.hollow(params), tasks
-        self._states, self._autocast = rng.states(), Autocast(thetas)
+        self.states, self._autocast = rng.states(), Autocast(thetas)
         self._captured: list[Tensor] = []
         self.phis: list[Tensor] = []
         self.results: Tree = None
@@ -92,7 +93,7 @@ class _Inner:
         """The results once more, from other tensors in the place of those that it depended on."""
         mode = _Replaced({id(each): self._lifted(phi, each) for each, phi in zip(self._captured, phis, strict=True)})
         level = nullcontext() if self._tasks is None else self._tasks.entered_again()
-        with level, rng.returned_to(self._states), self._autocast.again(), exact_layers():
+        with level, rng.returned_to(self.states), self._autocast.again(), exact_layers():
             results = self._evaluated(thetas, mode, watched(False))
         own = {id(each) for each in (*thetas, *phis)}
         if any(

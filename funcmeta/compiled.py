@@ -33,7 +33,7 @@ def compile(problem: Problem, *, backend: Backend = "inductor", dynamic: bool = 
     recorded and compiled once each for every combination of shapes, dtypes, estimator and number of stacked tasks, so
     the time to compile does not depend on the number of steps. The first time, either is compared with the plain one.
     What a function captures besides its arguments is a part of what was recorded, and keeps the value it had then.
-    The backward pass of a step begins at its inputs: a compiled unroll keeps the states, and no graph within a step.
+    For the backward pass a step keeps its inputs and the results of its matrix products, convolutions and draws.
 
     Args:
         problem: any problem; ``init`` stays as it is.

@@ -761,3 +761,24 @@ def test_a_loss_that_comes_out_otherwise_in_the_backward_pass() -> None:
         fm.ReplayError, match=r"evaluated again in the backward pass and came out as .* no loop variables"
     ):
         loss.backward()
+
+
+def test_a_fallback_draws_what_reverse_draws() -> None:
+    """The evaluation that found the reason to fall back has drawn already."""
+
+    def step(meta: Any, w: Tensor, batch: Tensor, seed: int) -> Any:
+        def loss(w: Tensor) -> Tensor:
+            kept = torch.linalg.det(w.outer(w) + 2 * torch.eye(2).double())
+            return (kept * torch.sin(w * batch) ** 2 * torch.rand(2).double()).sum()
+
+        value, slope = fm.value_and_grad(loss)(w)
+        return w - meta["lr"] * slope, fm.StepInfo(value)
+
+    problem = fm.Problem(lambda meta, task, seed: meta["w"] * 1, step, lambda meta, w, query, seed: (w**3).sum())
+    meta = {"w": torch.tensor([0.3, 0.8]).double().requires_grad_(), "lr": torch.tensor(0.1).double().requires_grad_()}
+    task = fm.Task(torch.tensor([1.0, 2.0]).double(), None)
+    with pytest.warns(fm.FallbackWarning, match="wrongly in forward mode"):
+        got = fm.unroll(problem, meta, task, steps=3, estimator=fm.MixedMode())
+    expected = fm.unroll(problem, meta, task, steps=3)
+    assert torch.equal(got.info.losses, expected.info.losses)
+    assert torch.equal(got.loss, expected.loss)
