@@ -133,7 +133,7 @@ def take(stacked: Tree, index: int) -> Tree:
 
 def count(stacked: Tree) -> int:
     """The number of tasks: the size of the leading dimension, which every tensor must share."""
-    tensors = [leaf for leaf in tree.leaves(stacked) if isinstance(leaf, Tensor)]
+    tensors = tree.tensors(stacked)
     sizes = {leaf.shape[0] if leaf.dim() else None for leaf in tensors}
     if len(sizes) != 1 or sizes & {0, None}:
         named = [(name, leaf) for name, leaf in tree.named_leaves(stacked, "tasks") if isinstance(leaf, Tensor)]

@@ -140,7 +140,7 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
             leaves = [alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf) for leaf in whole]
         inputs = tree.like(params, leaves if tasks is None else [tasks.lift(leaf) for leaf in leaves])
         value, aux = objective(inputs)
-        with left(tasks, tensors_of((value, aux) if attached else value)) as results:
+        with left(tasks, tree.tensors((value, aux) if attached else value)) as results:
             total = results[0] if tasks is None else results[0].sum()
             check_depends(total.requires_grad)
             attached = attached and _has_graph_beyond(results, whole, leaves)
@@ -199,7 +199,7 @@ def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> G
             check_differentiable_again(value, tree.leaves(inputs))
         leaves, spec = tree.flatten(aux)
         other[:] = [leaves, spec]
-        return value, tensors_of(leaves)
+        return value, tree.tensors(leaves)
 
     value, pull_back, tensors = torch.func.vjp(tensors_only, params, has_aux=True)  # type: ignore[misc]
     with torch.set_grad_enabled(differentiable):
@@ -216,10 +216,6 @@ def check_depends(dependent: bool) -> None:
             "The inner loss does not depend on the parameters: it was detached, computed under no_grad, or never used "
             "them. Compute it from the parameters that the function receives."
         )
-
-
-def tensors_of(value: Tree) -> list[Tensor]:
-    return [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _check_params(params: Tree) -> None:

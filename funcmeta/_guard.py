@@ -95,7 +95,7 @@ def check_attached(loss: Tensor, declared: Tree, problem: Problem, estimator: Es
             f"{estimator.unreached_advice} Note that inner_problem begins at meta['params'] if there is one, and at "
             f"the module's own parameters otherwise."
         )
-    return check_declared([loss], [leaf for leaf in tree.leaves(declared) if isinstance(leaf, Tensor)], problem)
+    return check_declared([loss], tree.tensors(declared), problem)
 
 
 def check_every_leaf_used(reached: Reached, meta: Meta, estimator: Estimator) -> None:

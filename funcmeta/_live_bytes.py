@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation, and count the storages that it made."""
-        given = {storage_key(leaf) for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {storage_key(leaf) for leaf in tree.tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for leaf in tree.leaves(result):
             if isinstance(leaf, Tensor) and storage_key(leaf) not in given and storage_key(leaf) not in self.storages:
@@ -77,8 +77,8 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 def bytes_of(value: Any, besides: Any = ()) -> int:
     """The bytes of the storages of a tree's tensors, each counted once, that hold no tensor of another tree."""
-    known = {storage_key(leaf) for leaf in tree.leaves(besides) if isinstance(leaf, Tensor)}
-    tensors = [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
+    known = {storage_key(leaf) for leaf in tree.tensors(besides)}
+    tensors = tree.tensors(value)
     sizes = {storage_key(leaf): leaf.untyped_storage().nbytes() for leaf in tensors}
     return sum(size for key, size in sizes.items() if key not in known)
 

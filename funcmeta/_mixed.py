@@ -22,7 +22,7 @@ from funcmeta._batching import Level, task_level
 from funcmeta._context import Autocast
 from funcmeta._errors import FallbackWarning, ReplayError
 from funcmeta._exact_layers import DualLayers, exact_layers, wrong_in_forward_mode
-from funcmeta._gradient import Gradient, Objective, check_depends, exact, left, steered, tensors_of
+from funcmeta._gradient import Gradient, Objective, check_depends, exact, left, steered
 from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
 from funcmeta._typing import Tree
 from funcmeta._watch import watched
@@ -122,7 +122,7 @@ class _Inner:
         with mode, DualLayers(), watch:
             results = self._objective(inputs)
         self.results = tree.hollow(results)
-        return [each if self._tasks is None else self._tasks.lower(each) for each in tensors_of(results)]
+        return [each if self._tasks is None else self._tasks.lower(each) for each in tree.tensors(results)]
 
     def _lifted(self, phi: Tensor, captured: Tensor) -> Tensor:
         return phi if self._tasks is None else self._tasks.put_back(phi, captured)

@@ -192,7 +192,7 @@ class _Variant:
         with rng.forked(seed), exact_layers(), self._autocast.again(), steered(self._rule) as current:
             results = _without_reports(self._plain(*tree.filled(self._arguments, tensors), seed))
         self._taken, self._results = current.taken, tree.hollow(results)
-        return [leaf for leaf in tree.leaves(results) if isinstance(leaf, Tensor)]
+        return tree.tensors(results)
 
 
 class _Step(torch.autograd.Function):

@@ -61,6 +61,11 @@ def _is_namedtuple(kind: type) -> bool:
     return issubclass(kind, tuple) and hasattr(kind, "_fields") and kind not in pytree.SUPPORTED_NODES
 
 
+def tensors(tree: Tree) -> list[Tensor]:
+    """The tensors among the leaves of a tree, left to right."""
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def like(tree: Tree, leaves: Iterable[Any]) -> Tree:
     """A tree of the same structure with other leaves, given left to right."""
     following = iter(leaves)

@@ -255,7 +255,7 @@ class _controlled:
 
 
 def _requires_grad(value: Any) -> bool:
-    return any(leaf.requires_grad for leaf in tree.leaves(value) if isinstance(leaf, Tensor))
+    return any(leaf.requires_grad for leaf in tree.tensors(value))
 
 
 def _own(leaf: Any) -> Any:

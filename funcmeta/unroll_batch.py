@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from funcmeta import rng, tree
 from funcmeta._batching import count, stack, take
@@ -154,7 +153,7 @@ def _faster(
     problem: Problem, meta: Meta, tasks: Task, first: Any, number: int, estimator: Estimator, steps: int, seed: int
 ) -> Strategy:
     """The strategy that takes less time for so many steps here, measured once per shapes and device."""
-    leaves = [leaf for leaf in tree.leaves((meta, first, tasks.query)) if isinstance(leaf, Tensor)]
+    leaves = tree.tensors((meta, first, tasks.query))
     shapes = [(leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves]
     key = (estimator, steps == 1, torch.is_grad_enabled(), *shapes)
     known = _known.setdefault(getattr(problem.step, "__func__", problem.step), {})

@@ -220,3 +220,14 @@ def test_dot_and_norm_are_differentiable() -> None:
 def test_parameters_are_compared_like_tensors() -> None:
     with pytest.raises(StructureError, match="expected float32"):
         tree.check_same(torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3)))
+
+
+def test_a_hollow_tree_is_filled_again() -> None:
+    value = {"a": torch.ones(2), "name": "run", "rest": [None, Pair(torch.zeros(1), 3)]}
+    hollow = tree.hollow(value)
+    assert tree.tensors(hollow) == []
+    filled = tree.filled(hollow, tree.tensors(value))
+    assert filled["name"] == "run"
+    assert filled["rest"][0] is None
+    assert filled["rest"][1].__class__ is Pair
+    assert all(one is other for one, other in zip(tree.leaves(filled), tree.leaves(value), strict=True))

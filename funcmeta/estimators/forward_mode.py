@@ -11,7 +11,7 @@ from torch import Tensor
 from funcmeta import tree
 from funcmeta._errors import ArgumentError, GraphError
 from funcmeta._exact_layers import DualLayers, wrong_in_forward_mode
-from funcmeta._gradient import Gradient, Objective, exact, steered, tensors_of
+from funcmeta._gradient import Gradient, Objective, exact, steered
 from funcmeta._graph import check_declared, inner_leaf, inside_functorch, walk
 from funcmeta._typing import Meta, Tree
 from funcmeta.estimators._attach import attach
@@ -64,7 +64,7 @@ class ForwardMode:
         if not moving or not torch.is_grad_enabled():
             return Reverse()(primal, meta, StoreAll())
         fixed = tree.detach(meta)
-        if any(leaf.requires_grad for leaf in tree.leaves(primal.init(fixed)) if isinstance(leaf, Tensor)):
+        if any(leaf.requires_grad for leaf in tree.tensors(primal.init(fixed))):
             raise ArgumentError(
                 "The initial state requires grad by itself, not through meta: ForwardMode differentiates by meta only. "
                 "Pass an earlier unroll's out.carry, which is detached, or use Reverse()."
@@ -77,7 +77,7 @@ class ForwardMode:
                 directions = _directions(moving, first, min(first + (self.chunk or count), count))
                 loss, path, along = _pushed_run(primal, _Movable(meta), directions)
                 slopes.append(along)
-        check_declared(tensors_of((path.state, loss)), [], primal)
+        check_declared(tree.tensors((path.state, loss)), [], primal)
         if loss is None:
             return Outcome(None, path)
         parts = torch.split(torch.cat(slopes), [leaf.numel() for leaf in moving])
@@ -92,7 +92,7 @@ def _check_captured(primal: Primal, meta: Meta) -> None:
     if primal.stop > primal.start:
         results = state, _ = primal.step(inputs, state, primal.start)
     judged = None if primal.meta_loss is None else primal.meta_loss(inputs, state)
-    check_declared(tensors_of((results, judged)), tree.leaves(inputs), primal)
+    check_declared(tree.tensors((results, judged)), tree.leaves(inputs), primal)
 
 
 class _Movable:
@@ -159,7 +159,7 @@ def _pushed(
         result = fn(values)
         made[:] = [_constant(result, keep=False)]
         floats = _floats(result)
-        return floats, [leaf for leaf in tree.leaves(result) if isinstance(leaf, Tensor)]
+        return floats, tree.tensors(result)
 
     at = tuple([each.contiguous() for each in point])
 
@@ -202,7 +202,7 @@ def _explained() -> Iterator[None]:
 
 
 def _floats(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [leaf for leaf in tree.tensors(value) if leaf.is_floating_point()]
 
 
 def _constant(value: Any, *, keep: bool = True) -> Any:

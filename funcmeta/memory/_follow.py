@@ -70,11 +70,11 @@ def follow(
     repeats = followed.evaluations > followed.steps
     if repeats and inside_functorch():
         raise ArgumentError("A policy that replays steps can not run inside torch.func. Use StoreAll() there.")
-    inputs = _Parts.of((meta, state))
-    if not repeats or not (torch.is_grad_enabled() and any(each.requires_grad for each in inputs.tensors)):
+    inputs = tree.tensors((meta, state))
+    if not repeats or not (torch.is_grad_enabled() and any(each.requires_grad for each in inputs)):
         return advance(step, meta, state, start, stop)._replace(memory=followed)
-    run = _Run(step, inputs, len(_Parts.of(meta).tensors), start, followed.actions, device)
-    middle, share = run.rebuilt(_Follow.apply(run, *inputs.tensors))  # type: ignore[no-untyped-call]
+    run = _Run(step, meta, state, start, followed.actions, device)
+    middle, share = run.rebuilt(_Follow.apply(run, *inputs))  # type: ignore[no-untyped-call]
     last = advance(step, meta, middle, start + run.middle, stop, share=share)
     return Trajectory(last.state, last.share, run.losses + last.losses, run.aux + last.aux, followed)
 
@@ -96,30 +96,6 @@ def expect_use(nodes: Iterable[Node], missing: dict[Node, str], advice: str) -> 
         leaves = [leaf for leaf, _ in node.next_functions[: run.meta_tensors]]
         run.expect({place: missing[leaf] for place, leaf in enumerate(leaves) if leaf in missing}, advice)
     return bool(found)
-
-
-class _Parts:
-    """A tree taken apart into its tensors, which go through autograd, and the rest."""
-
-    def __init__(self, tensors: list[Tensor], rest: list[Any], spec: tree.Spec) -> None:
-        self.tensors, self._rest, self._spec = tensors, rest, spec
-
-    @classmethod
-    def of(cls, value: Tree) -> "_Parts":
-        leaves, spec = tree.flatten(value)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return cls(tensors, [_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-
-    def rebuilt(self, tensors: Sequence[Tensor]) -> Tree:
-        """The tree with other tensors in it."""
-        following = iter(tensors)
-        return tree.unflatten([next(following) if leaf is _HOLE else leaf for leaf in self._rest], self._spec)
-
-    def without_tensors(self) -> "_Parts":
-        return _Parts([], self._rest, self._spec)
-
-
-_HOLE = object()
 
 
 class _Kept:
@@ -144,17 +120,17 @@ class _Run:
     def __init__(
         self,
         step: Step,
-        inputs: _Parts,
-        meta_tensors: int,
+        meta: Meta,
+        state: Any,
         start: int,
         actions: Sequence[Action],
         device: torch.device | str | None,
     ) -> None:
         turn = next(place for place, each in enumerate(actions) if isinstance(each, Backward))
         self._before, self._after, self.middle = actions[:turn], actions[turn + 1 :], actions[turn][0]
-        self._inputs, self.meta_tensors = inputs.without_tensors(), meta_tensors
+        self._inputs, self.meta_tensors = tree.hollow((meta, state)), len(tree.tensors(meta))
         self._step, self._start, self._device = Witness(step), start, device
-        self._autocast = Autocast(inputs.tensors)
+        self._autocast = Autocast(tree.tensors((meta, state)))
         self._stored: dict[int, _Kept] | None = None
         self._expected: dict[int, str] = {}
         self._advice = ""
@@ -165,15 +141,15 @@ class _Run:
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Do what comes before the first derivative; the state and the share as tensors."""
-        path, self._stored = self._go(*self._inputs.rebuilt(tensors))
-        outputs = _Parts.of((path.state, path.share))
-        self.losses, self.aux, self._outputs = path.losses, path.aux, outputs.without_tensors()
+        path, self._stored = self._go(*tree.filled(self._inputs, tensors))
+        outputs = path.state, path.share
+        self.losses, self.aux, self._outputs = path.losses, path.aux, tree.hollow(outputs)
         self._shared = path.share is not None
-        return outputs.tensors
+        return tree.tensors(outputs)
 
     def rebuilt(self, tensors: Sequence[Tensor]) -> tuple[Any, Tensor | None]:
         """The state and the share that ``forward`` returned as tensors."""
-        return self._outputs.rebuilt(tensors)  # type: ignore[no-any-return]
+        return tree.filled(self._outputs, tensors)  # type: ignore[no-any-return]
 
     def backward(self, tensors: Sequence[Tensor], needed: Sequence[bool], cotangents: Gradients) -> Gradients:
         """The gradient by each tensor that needs one."""
@@ -182,7 +158,7 @@ class _Run:
         leaf = alias if differentiable else inner_leaf
         with torch.enable_grad():
             inputs = [leaf(each) if need else each for each, need in zip(tensors, needed, strict=True)]
-            meta, state = self._inputs.rebuilt(inputs)
+            meta, state = tree.filled(self._inputs, inputs)
             if differentiable:
                 gradients = self._pull_back(meta, state, 0, self.middle, cotangents, create_graph=True)
             else:
@@ -239,9 +215,9 @@ class _Run:
         self, meta: Meta, state: Any, start: int, stop: int, cotangents: Gradients, *, create_graph: bool = False
     ) -> Gradients:
         """The gradients by the tensors of ``meta`` and ``state`` through some steps, taken with their graph."""
-        inputs = _Parts.of((meta, state)).tensors
+        inputs = tree.tensors((meta, state))
         path = self._advance(meta, state, start, stop, None)
-        outputs = _Parts.of((path.state, path.share)).tensors
+        outputs = tree.tensors((path.state, path.share))
         check_declared(outputs, inputs, self._step.step)
         pairs = [
             (get_gradient_edge(out), by)

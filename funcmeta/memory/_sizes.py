@@ -105,7 +105,9 @@ def measured(step: Step, meta: Meta, state: Any, start: int, stop: int) -> Sizes
         before, path = graph()
         forward = live.peak
         edges, ones = _edges(path)
-        between = [set(map(storage_key, pair)) for pair in zip(_tensors(before), _tensors(path.state), strict=True)]
+        between = [
+            set(map(storage_key, pair)) for pair in zip(tree.tensors(before), tree.tensors(path.state), strict=True)
+        ]
         del before, path
         kept = live.live - bytes_of(ones) + notes
         seam = sum(live.storages[max(pair)] for pair in between if len(pair) == 2 and pair <= live.storages.keys())
@@ -145,12 +147,8 @@ def _edges(path: Trajectory) -> tuple[list[GradientEdge], list[Tensor]]:
     return [get_gradient_edge(end) for end in ends], [torch.ones_like(end) for end in ends]
 
 
-def _tensors(value: Tree) -> list[Tensor]:
-    return [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
-
-
 def _attached(value: Tree) -> list[Tensor]:
-    return [leaf for leaf in _tensors(value) if leaf.requires_grad]
+    return [leaf for leaf in tree.tensors(value) if leaf.requires_grad]
 
 
 def _leaves(value: Tree) -> Tree:

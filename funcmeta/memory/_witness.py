@@ -8,7 +8,7 @@ from torch import Tensor
 from funcmeta import tree
 from funcmeta._errors import ReplayError
 from funcmeta._graph import check_declared, inner_leaf
-from funcmeta._typing import Meta, Tree
+from funcmeta._typing import Meta
 from funcmeta.memory._base import Step
 from funcmeta.problem import StepInfo
 
@@ -44,7 +44,7 @@ class Witness:
         with torch.enable_grad():
             inputs = tree.map(lambda leaf: inner_leaf(leaf) if _requires_grad(leaf) else leaf, (meta, state))
             results = self.step(inputs[0], inputs[1], index)
-            check_declared(filter(_requires_grad, tree.leaves(results)), _tensors(inputs), self.step)
+            check_declared(filter(_requires_grad, tree.leaves(results)), tree.tensors(inputs), self.step)
         return tree.detach(results)  # type: ignore[no-any-return]
 
     def arrived(self, index: int, state: Any) -> None:
@@ -78,17 +78,13 @@ class Witness:
                 )
 
 
-def _tensors(value: Tree) -> list[Tensor]:
-    return [leaf for leaf in tree.leaves(value) if isinstance(leaf, Tensor)]
-
-
 def _requires_grad(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
 
 
 def _norms(state: Any) -> list[Tensor]:
     """The norm of each floating-point tensor: enough to tell one run from another."""
-    return [torch.linalg.vector_norm(leaf.detach()) for leaf in _tensors(state) if leaf.is_floating_point()]
+    return [torch.linalg.vector_norm(leaf.detach()) for leaf in tree.tensors(state) if leaf.is_floating_point()]
 
 
 def _close(before: Tensor, after: Tensor) -> Tensor:

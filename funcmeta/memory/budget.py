@@ -66,7 +66,7 @@ class Budget:
     def run(self, step: Step, meta: Meta, state: Any, start: int, stop: int) -> Trajectory:
         """Measure a step, choose, and take the steps."""
         _check_outside_functorch()
-        attached = any(leaf.requires_grad for leaf in tree.leaves((meta, state)) if isinstance(leaf, Tensor))
+        attached = any(leaf.requires_grad for leaf in tree.tensors((meta, state)))
         if stop == start or not (attached and torch.is_grad_enabled()):
             return StoreAll().run(step, meta, state, start, stop)
         chosen = self._choose(measured(step, meta, state, start, stop), stop - start)
