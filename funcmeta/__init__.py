@@ -4,7 +4,7 @@ One inner step is ``state', info = step(meta, state, batch, seed)``. The library
 compares and checks the repetition of that function.
 """
 
-from funcmeta import algorithms, estimators, memory, optim, tasks, testing
+from funcmeta import algorithms, estimators, learned, memory, optim, tasks, testing
 from funcmeta._errors import (
     ArgumentError,
     CapturedTensorError,
@@ -28,6 +28,7 @@ from funcmeta.compare import Comparison, compare
 from funcmeta.compiled import compile
 from funcmeta.estimators import FirstOrder, ForwardMode, MixedMode, Reptile, Reverse
 from funcmeta.inspect import Finding, Readiness, inspect
+from funcmeta.learned import LearnedOptimizer, as_transform
 from funcmeta.memory import Budget, Offload, Plan, Revolve, Segments, StoreAll, budget, plan
 from funcmeta.model import FunctionalModel, functionalize, init_params
 from funcmeta.optim import (
@@ -81,6 +82,7 @@ __all__ = [
     "FunctionalModel",
     "GraphError",
     "InnerState",
+    "LearnedOptimizer",
     "LossError",
     "MemoryBudgetError",
     "MissingExtraError",
@@ -113,6 +115,7 @@ __all__ = [
     "amsgrad",
     "anil",
     "apply_updates",
+    "as_transform",
     "budget",
     "chain",
     "check_meta_grad",
@@ -130,6 +133,7 @@ __all__ = [
     "init_params",
     "inner_problem",
     "inspect",
+    "learned",
     "lion",
     "maml",
     "masked",

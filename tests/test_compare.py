@@ -468,10 +468,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps is 0, expected an integer of at least 1. Pass e.g. steps=3."),
-        ({"steps": True}, "steps is True, expected an integer of at least 1"),
-        ({"directions": 0}, "directions is 0, expected an integer of at least 1"),
-        ({"directions": 2.0}, "directions is 2.0, expected an integer of at least 1"),
+        ({"steps": 0}, "steps is 0, expected a positive integer. Pass e.g. steps=3."),
+        ({"steps": True}, "steps is True, expected a positive integer"),
+        ({"directions": 0}, "directions is 0, expected a positive integer"),
+        ({"directions": 2.0}, "directions is 2.0, expected a positive integer"),
         ({"seed": -1}, "seed is -1, expected an integer from 0"),
         ({"estimators": {}}, "estimators is {}, expected a dict of at least one name and estimator. Pass e.g."),
         ({"estimators": [fm.Reverse()]}, "estimators is [Reverse()], expected a dict"),

@@ -222,7 +222,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
     "schedule over no steps": (
         lambda: optim.schedules.linear(1.0, 0.0, steps=0),
         fm.ArgumentError,
-        "steps is 0, expected an integer of at least 1",
+        "steps is 0, expected a positive integer",
         "Pass the number of optimizer steps",
     ),
     "adapt nothing": (
@@ -578,7 +578,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
     "no ways": (
         lambda: tasks.glyphs(ways=0),
         fm.ArgumentError,
-        "ways is 0, expected an integer of at least",
+        "ways is 0, expected a positive integer",
         "Pass a larger ways",
     ),
     "more ways than classes": (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = (
-    ("_typing", "_errors", "tree", "rng"),
+    ("_typing", "_errors", "_check", "tree", "rng"),
     (
         *("_batching", "_context", "_exact_layers", "_gradient", "_graph", "_live_bytes", "_lowering", "_mixed"),
         *("_watch", "model", "optim", "linear_solve", "tasks"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from funcmeta import tree
-from funcmeta._errors import ArgumentError
+from funcmeta._check import check_count
 from funcmeta._typing import Meta
 from funcmeta.estimators import Estimator
 from funcmeta.memory import Memory
@@ -72,8 +72,7 @@ def inner_loop(
     adapted: Callable[[str], bool] | None = None,
 ) -> Algorithm:
     """The algorithm that trains ``module`` for some steps by ``optimizer`` and differentiates that by ``estimator``."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ArgumentError(f"steps is {steps!r}, expected a positive integer. Pass e.g. steps=5.")
+    check_count("steps", steps, advice="Pass e.g. steps=5.")
     model, _, _ = functionalize(module)
     judged = inner_problem(module, loss_fn, optimizer=optimizer, train=train, adapt=adapted)
     unjudged = inner_problem(module, loss_fn, optimizer=optimizer, train=train, adapt=adapted, trajectory_loss=True)

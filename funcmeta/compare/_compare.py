@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from funcmeta import rng, tree
+from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError
 from funcmeta._live_bytes import peak_bytes
 from funcmeta._typing import Meta
@@ -89,8 +90,8 @@ def compare(
     Source: this library; the first-order approximation is that of Finn et al. (2017), section 5.2.
     """
     rng.check_seed(seed)
-    _check_count("steps", steps)
-    _check_count("directions", directions)
+    check_count("steps", steps, advice="Pass e.g. steps=3.")
+    check_count("directions", directions, advice="Pass e.g. directions=3.")
     tree.check_tensors(meta, name="meta")
     setting = Setting(problem, meta, task, steps, seed)
     if not setting.learned:
@@ -207,8 +208,3 @@ def _candidates(estimators: Estimators | None) -> dict[str, Candidate]:
             )
         found[name] = Candidate(*parts)
     return found
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"{name} is {value!r}, expected an integer of at least 1. Pass e.g. {name}=3.")

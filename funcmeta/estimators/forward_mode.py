@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
+from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError, GraphError
 from funcmeta._exact_layers import DualLayers, wrong_in_forward_mode
 from funcmeta._gradient import Gradient, Objective, exact, steered
@@ -52,9 +53,7 @@ class ForwardMode:
     )
 
     def __post_init__(self) -> None:
-        good = isinstance(self.chunk, int) and not isinstance(self.chunk, bool) and self.chunk >= 1
-        if self.chunk is not None and not good:
-            raise ArgumentError(f"chunk is {self.chunk!r}, expected a positive integer or None. Pass e.g. chunk=8.")
+        check_count("chunk", self.chunk, or_none=True, advice="Pass e.g. chunk=8.")
 
     def __call__(self, primal: Primal, meta: Meta, memory: Memory) -> Outcome:
         """Take the steps with tangents, once for each chunk of directions."""

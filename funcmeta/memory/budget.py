@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
+from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError, MemoryBudgetError
 from funcmeta._graph import inside_functorch
 from funcmeta._typing import Meta
@@ -49,10 +50,7 @@ class Budget:
     replays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.bytes, bool) or not isinstance(self.bytes, int) or self.bytes < 1:
-            raise ArgumentError(
-                f"bytes is {self.bytes!r}, expected a positive integer. Pass bytes, e.g. 300 * 10**6 for 300 MB."
-            )
+        check_count("bytes", self.bytes, advice="Pass bytes, e.g. 300 * 10**6 for 300 MB.")
 
     def reserving(self, judge: Callable[[Meta, Any], Tensor], meta: Meta, state: Any) -> "Budget":
         """The same budget, which allows for a meta-loss (meta, state) → 0-d tensor."""

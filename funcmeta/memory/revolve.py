@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from funcmeta._errors import ArgumentError
+from funcmeta._check import check_count
 from funcmeta._typing import Meta
 from funcmeta.memory._base import Step, Trajectory
 from funcmeta.memory._follow import follow
@@ -38,10 +38,7 @@ class Revolve:
     replays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.snapshots, bool) or not isinstance(self.snapshots, int) or self.snapshots < 1:
-            raise ArgumentError(
-                f"snapshots is {self.snapshots!r}, expected a positive integer. Pass e.g. snapshots=10."
-            )
+        check_count("snapshots", self.snapshots, advice="Pass e.g. snapshots=10.")
 
     def actions(self, steps: int) -> Iterator[Action]:
         """Halve the steps at the best place, differentiate the later part with a state less, then the earlier part."""

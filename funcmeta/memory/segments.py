@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from funcmeta._errors import ArgumentError
+from funcmeta._check import check_count
 from funcmeta._typing import Meta
 from funcmeta.memory._base import Step, Trajectory
 from funcmeta.memory._follow import follow
@@ -39,9 +39,7 @@ class Segments:
     replays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        good = isinstance(self.length, int) and not isinstance(self.length, bool) and self.length >= 1
-        if self.length is not None and not good:
-            raise ArgumentError(f"length is {self.length!r}, expected a positive integer or None. Pass e.g. length=10.")
+        check_count("length", self.length, or_none=True, advice="Pass e.g. length=10.")
 
     def actions(self, steps: int) -> Iterator[Action]:
         """Store a state before each segment but the last; then go back from segment to segment."""

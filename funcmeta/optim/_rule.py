@@ -93,7 +93,7 @@ def per_tensor(
         leaves = list(params.values()) if flat else tree.leaves(params)
         given = _column(params, flat, grads, "grads")
         kept = [_column(params, flat, getattr(old, name), name) for name in slots]
-        _check_gradients(given, leaves)
+        check_gradients(given, leaves)
         rows = zip(values_of(old.step, params, leaves), leaves, given, *kept, strict=True)
         results = [(finish(first, row[1]), *fresh) for row in rows for first, *fresh in (rule(*row),)]
         columns = list(zip(*results, strict=True)) or [()] * (1 + len(slots))
@@ -146,7 +146,7 @@ def step_zero(leaves: list[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 
 
-def _check_gradients(grads: list[Any], params: list[Tensor]) -> None:
+def check_gradients(grads: list[Any], params: list[Tensor]) -> None:
     for grad, param in zip(grads, params, strict=True):
         if not isinstance(grad, Tensor) or grad.shape != param.shape:
             raise StructureError(

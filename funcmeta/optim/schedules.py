@@ -7,7 +7,7 @@ tensor in double precision. Levels and rates may be tensors, and are differentia
 import torch
 from torch import Tensor
 
-from funcmeta._errors import ArgumentError
+from funcmeta._check import check_count
 from funcmeta._typing import Schedule
 
 __all__ = ["constant", "cosine_decay", "exponential_decay", "linear", "warmup"]
@@ -142,7 +142,4 @@ def _fraction(step: Tensor | int, steps: int) -> Tensor:
 
 
 def _check_steps(steps: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ArgumentError(
-            f"steps is {steps!r}, expected an integer of at least 1. Pass the number of optimizer steps."
-        )
+    check_count("steps", steps, advice="Pass the number of optimizer steps.")

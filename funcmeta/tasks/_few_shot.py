@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from funcmeta import rng
+from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError
-from funcmeta.tasks._check import check_count
 from funcmeta.tasks._task import Task, seeds, unstack
 
 ClassName = tuple[str, str]

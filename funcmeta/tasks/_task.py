@@ -8,9 +8,9 @@ from torch import Tensor
 
 from funcmeta import rng, tree
 from funcmeta._batching import take
+from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Batch
-from funcmeta.tasks._check import check_count
 
 
 class Task(NamedTuple):

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funcmeta._check import check_choice, check_count, check_floating
 from funcmeta._errors import ArgumentError, DataError
-from funcmeta.tasks._check import check_choice, check_count, check_floating
 from funcmeta.tasks._few_shot import ClassName, FewShot
 from funcmeta.tasks._warp import NUMBERS, edge_distance, warp
 

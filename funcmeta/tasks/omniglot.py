@@ -8,9 +8,9 @@ from os import PathLike
 import torch
 from torch import Tensor
 
+from funcmeta._check import check_choice, check_count, check_floating
 from funcmeta._errors import DataError
 from funcmeta.tasks._archive import read_matching
-from funcmeta.tasks._check import check_choice, check_count, check_floating
 from funcmeta.tasks._drawings import average_areas, decode
 from funcmeta.tasks._few_shot import ClassName, FewShot
 from funcmeta.tasks._task import Task

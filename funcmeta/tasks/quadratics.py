@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from funcmeta import rng
-from funcmeta.tasks._check import check_count, check_floating
+from funcmeta._check import check_count, check_floating
 from funcmeta.tasks._task import Sampler, Task, seeds, stack
 
 

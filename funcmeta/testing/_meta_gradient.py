@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
+from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError, GraphError, StructureError, UnreachedLeafError
 from funcmeta._typing import Meta
 from funcmeta.estimators import Estimator, FirstOrder, Reverse
@@ -216,8 +217,7 @@ def _mismatch(
 
 
 def _check_arguments(directions: Any, tolerance: Any) -> None:
-    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
-        raise ArgumentError(f"directions is {directions!r}, expected an integer of at least 1. Pass e.g. directions=2.")
+    check_count("directions", directions, advice="Pass e.g. directions=2.")
     if not isinstance(tolerance, float) or not 0 < tolerance < 1:
         raise ArgumentError(f"tolerance is {tolerance!r}, expected a number between 0 and 1. Pass e.g. tolerance=1e-6.")
 

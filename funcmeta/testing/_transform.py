@@ -8,6 +8,7 @@ from torch import Tensor
 
 from funcmeta import rng, tree
 from funcmeta._batching import over_tasks, stack, take
+from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._typing import Tree
 from funcmeta.optim import Transform, apply_updates
@@ -285,8 +286,7 @@ def _builder(transform: Any, hypers: Tree) -> Callable[[Tree], Transform]:
 
 
 def _check_arguments(params: Tree, hypers: Tree, steps: Any) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ArgumentError(f"steps is {steps!r}, expected an integer of at least 1. Pass e.g. steps=3.")
+    check_count("steps", steps, advice="Pass e.g. steps=3.")
     if not tree.leaves(params):
         raise ArgumentError("params has no leaves. Pass at least one tensor.")
     for path, leaf in (*tree.named_leaves(params, "params"), *tree.named_leaves(hypers, "hypers")):

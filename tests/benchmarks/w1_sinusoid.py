@@ -74,7 +74,6 @@ def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
     runs = contestants(case, settings)
     check_agreement(runs, "by hand, loop")
     rows = race(runs, settings)
-    eager, compiled = fastest(rows, "funcmeta"), fastest(rows, "funcmeta compiled")
     eager, compiled = fastest(rows, "funcmeta eager"), fastest(rows, "funcmeta compiled")
     jax, loop, mapped = (fastest(rows, name) for name in ("jax", "torchopt MetaSGD", "torchopt sgd"))
     return Result(

@@ -21,6 +21,7 @@ LIMIT, TOO_MUCH = 6e9, 20e9
 """Bytes: what the run may take, and what storing every step takes at least."""
 RUN, REVERSE, MIXED = "funcmeta, 100 steps", "funcmeta Reverse, 10 steps", "funcmeta MixedMode, 10 steps"
 FEW, MORE = "funcmeta StoreAll, 2 steps", "funcmeta StoreAll, 4 steps"
+MIXED_MORE = "funcmeta StoreAll and MixedMode, 4 steps"
 
 
 class LanguageModel(nn.Module):
@@ -89,6 +90,7 @@ def alone(name: str, settings: Settings, steps: int) -> Run:
     few: dict[str, Callable[[], Run]] = {
         FEW: lambda: funcmeta(settings.quick, steps, fm.StoreAll()),
         MORE: lambda: funcmeta(settings.quick, steps, fm.StoreAll()),
+        MIXED_MORE: lambda: funcmeta(settings.quick, steps, fm.StoreAll(), fm.MixedMode()),
         RUN: lambda: funcmeta(settings.quick, steps, fm.budget(int(0.8 * LIMIT))),
         REVERSE: lambda: funcmeta(settings.quick, steps, fm.Segments(5)),
         MIXED: lambda: funcmeta(settings.quick, steps, fm.Segments(5), fm.MixedMode()),
@@ -101,13 +103,9 @@ def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
     ways: dict[str, Run] = {
         "StoreAll": funcmeta(settings.quick, 2, fm.StoreAll()),
         "Segments": funcmeta(settings.quick, 2, fm.Segments(1)),
+        "MixedMode": funcmeta(settings.quick, 2, fm.StoreAll(), fm.MixedMode()),
     }
-    needed = {FEW: 2, MORE: 4, REVERSE: 10}
-    if hasattr(fm, "MixedMode"):
-        ways["MixedMode"] = funcmeta(settings.quick, 2, fm.StoreAll(), fm.MixedMode())
-        needed[MIXED] = 10
-    if hasattr(fm, "budget"):
-        needed[RUN] = 100
+    needed = {FEW: 2, MORE: 4, MIXED_MORE: 4, REVERSE: 10, MIXED: 10, RUN: 100}
     check_agreement(ways, "StoreAll")
     asked = {FEW: 2} if settings.quick else needed
     peaks = {name: peak_of("W5", name, settings, steps, live=steps <= 10) for name, steps in asked.items()}
@@ -115,7 +113,7 @@ def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
         name: Row(name, [peak.seconds], peak.live_bytes, peak.resident_bytes) for name, peak in peaks.items() if peak
     }
     stored = _extrapolated(rows.get(FEW), rows.get(MORE), 100)
-    whole, reverse, mixed = (rows.get(name) for name in (RUN, REVERSE, MIXED))
+    whole = rows.get(RUN)
     return Result(
         "W5",
         TITLE,
@@ -123,17 +121,8 @@ def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
         [
             Bar("100 steps, peak of the process / 6 GB", ratio(whole and whole.resident_bytes, LIMIT), 1.0),
             Bar("20 GB / live tensors of StoreAll at 100 steps, extrapolated", ratio(TOO_MUCH, stored), 1.0),
-            Bar(
-                "MixedMode / Reverse, live tensors",
-                ratio(mixed and mixed.live_bytes, reverse and reverse.live_bytes),
-                0.5,
-            ),
-            Bar(
-                "MixedMode / Reverse, process",
-                ratio(mixed and mixed.resident_bytes, reverse and reverse.resident_bytes),
-                0.5,
-                beyond=True,
-            ),
+            *_against(rows.get(MIXED_MORE), rows.get(MORE), "StoreAll, 4 steps"),
+            *_against(rows.get(MIXED), rows.get(REVERSE), "Segments(5), 10 steps"),
         ],
         floor(ways["StoreAll"], machine).times(100 / 2),
         []
@@ -141,6 +130,14 @@ def measure(settings: Settings, machine: Mapping[str, Any]) -> Result:
         else [f"StoreAll would keep {stored / 1e9:.1f} GB of tensors alive at 100 steps: extrapolated from 2 and 4"],
         dict(machine),
     )
+
+
+def _against(mixed: Row | None, reverse: Row | None, policy: str) -> list[Bar]:
+    """The memory of MixedMode over that of Reverse under the same policy."""
+    live = ratio(mixed and mixed.live_bytes, reverse and reverse.live_bytes)
+    resident = ratio(mixed and mixed.resident_bytes, reverse and reverse.resident_bytes)
+    name = f"MixedMode / Reverse under {policy}"
+    return [Bar(f"{name}, live tensors", live, 0.5, beyond=True), Bar(f"{name}, process", resident, 0.5, beyond=True)]
 
 
 def _extrapolated(few: Row | None, more: Row | None, steps: int) -> float | None:

@@ -237,7 +237,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[FuncmetaError], str]] = {
         StructureError,
         "two parameters have the same dotted name among ['a.b', 'a.b']. Use keys without dots",
     ),
-    "no steps": (lambda: schedules.linear(1.0, 0.0, 0), ArgumentError, "steps is 0, expected an integer of at least 1"),
+    "no steps": (lambda: schedules.linear(1.0, 0.0, 0), ArgumentError, "steps is 0, expected a positive integer"),
     "half a step": (lambda: schedules.cosine_decay(1.0, 0.5), ArgumentError, "steps is 0.5"),  # type: ignore[arg-type]
     "no rise": (lambda: schedules.warmup(lambda step: 1.0, -1), ArgumentError, "steps is -1"),
     "no rate": (lambda: schedules.exponential_decay(1.0, 0.5, True), ArgumentError, "steps is True"),

@@ -296,7 +296,7 @@ def test_a_path_to_nothing_of_the_kind_is_refused(load: Callable[..., object], t
         load(tmp_path)
     with pytest.raises(ArgumentError, match=r"path is None, expected the path of a zip or folder. Pass a str"):
         load(None)
-    with pytest.raises(ArgumentError, match="size is -1, expected an integer of at least 1"):
+    with pytest.raises(ArgumentError, match="size is -1, expected a positive integer"):
         load(tmp_path, size=-1)
     with pytest.raises(ArgumentError, match=r"dtype is torch.bool, expected a floating-point dtype"):
         load(tmp_path, dtype=torch.bool)

@@ -64,9 +64,9 @@ def test_the_global_generator_is_neither_read_nor_written(name: str) -> None:
     ("seed", "count", "message"),
     [
         (-1, 2, "seed is -1, expected an integer from 0"),
-        (0.5, 2, r"seed is 0\.5, expected an integer"),
-        (0, 0, "tasks is 0, expected an integer of at least 1"),
-        (0, True, "tasks is True, expected an integer"),
+        (0.5, 2, r"seed is 0\.5, expected a positive integer"),
+        (0, 0, "tasks is 0, expected a positive integer"),
+        (0, True, "tasks is True, expected a positive integer"),
     ],
 )
 def test_a_bad_seed_or_number_of_tasks_is_refused(name: str, seed: int, count: int, message: str) -> None:
@@ -80,22 +80,22 @@ def test_a_bad_seed_or_number_of_tasks_is_refused(name: str, seed: int, count: i
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: tasks.sinusoids(shots=0), "shots is 0, expected an integer of at least 1. Pass a larger shots"),
+        (lambda: tasks.sinusoids(shots=0), "shots is 0, expected a positive integer. Pass a larger shots"),
         (lambda: tasks.sinusoids(queries=-1), "queries is -1, expected an integer of at least 0"),
         (
             lambda: tasks.sinusoids(dtype=torch.int64),
             "dtype is torch.int64, expected a floating-point dtype. Pass torch",
         ),
-        (lambda: tasks.quadratics(dimension=0), "dimension is 0, expected an integer of at least 1"),
+        (lambda: tasks.quadratics(dimension=0), "dimension is 0, expected a positive integer"),
         (lambda: tasks.quadratics(dtype="float"), "dtype is 'float', expected a floating-point dtype"),
-        (lambda: tasks.glyphs(ways=0), "ways is 0, expected an integer of at least 1"),
-        (lambda: tasks.glyphs(ways=2.0), r"ways is 2\.0, expected an integer"),
+        (lambda: tasks.glyphs(ways=0), "ways is 0, expected a positive integer"),
+        (lambda: tasks.glyphs(ways=2.0), r"ways is 2\.0, expected a positive integer"),
         (lambda: tasks.glyphs(ways=5000), "ways is 5000, expected at most 3937, the number of classes. Ask for fewer"),
-        (lambda: tasks.glyphs(shots=-1), "shots is -1, expected an integer of at least 1"),
+        (lambda: tasks.glyphs(shots=-1), "shots is -1, expected a positive integer"),
         (lambda: tasks.glyphs(queries=-1), "queries is -1, expected an integer of at least 0"),
         (lambda: tasks.glyphs(split="dev"), "split is 'dev', expected one of 'train', 'validation', 'test'. Choose"),
         (lambda: tasks.glyphs(split=["train"]), r"split is \['train'\], expected one of"),
-        (lambda: tasks.glyphs(size=0), "size is 0, expected an integer of at least 1"),
+        (lambda: tasks.glyphs(size=0), "size is 0, expected a positive integer"),
         (lambda: tasks.glyphs(dtype=torch.uint8), "dtype is torch.uint8, expected a floating-point dtype"),
         (lambda: tasks.glyphs(variation=1.5), r"variation is 1\.5, expected a number from 0 to 1. Pass 1\.0"),
         (lambda: tasks.glyphs(variation=float("nan")), "variation is nan, expected a number from 0 to 1"),

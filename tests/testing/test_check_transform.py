@@ -169,7 +169,7 @@ def test_a_transform_that_is_another_one_under_torch_func() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"steps": 0}, fm.ArgumentError, "steps is 0, expected an integer of at least 1"),
+        ({"steps": 0}, fm.ArgumentError, "steps is 0, expected a positive integer"),
         ({"params": {}}, fm.ArgumentError, "params has no leaves"),
         ({"params": {"w": torch.ones(2)}}, fm.StructureError, "params['w'] is float32[2] on cpu, expected a float64"),
         ({"params": {"w": 1.5}}, fm.StructureError, "params['w'] is 1.5 (float), expected a float64 tensor"),

@@ -233,7 +233,7 @@ def test_a_kink_is_found_out() -> None:
 
 @pytest.mark.parametrize("directions", [0, -1, 1.0, True])
 def test_bad_directions(directions: Any) -> None:
-    with pytest.raises(fm.ArgumentError, match=r"directions is .*, expected an integer of at least 1\. Pass e\.g\."):
+    with pytest.raises(fm.ArgumentError, match=r"directions is .*, expected a positive integer\. Pass e\.g\."):
         check_meta_grad(*case(), steps=1, directions=directions)
 
 

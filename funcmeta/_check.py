@@ -1,0 +1,48 @@
+"""What many functions ask of their arguments."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from funcmeta._errors import ArgumentError
+
+
+def check_count(name: str, value: Any, *, least: int = 1, or_none: bool = False, advice: str = "") -> Any:
+    """The value itself when it is an integer of at least ``least`` (or None), else ``ArgumentError``."""
+    if or_none and value is None:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        wanted = kind + (" or None" if or_none else "")
+        raise ArgumentError(f"{name} is {value!r}, expected {wanted}. {advice or f'Pass a larger {name}.'}")
+    return value
+
+
+def check_positive(name: str, value: Any) -> float:
+    """The value itself when it is a positive finite number, else ``ArgumentError``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ArgumentError(f"{name} is {value!r}, expected a positive number. Pass e.g. {name}=0.1.")
+    return value
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """The value itself when it lies in [0, 1), else ``ArgumentError``."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ArgumentError(f"{name} is {value!r}, expected a number in [0, 1). Pass e.g. {name}=0.9.")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+    """The value itself when it is among the choices, else ``ArgumentError``."""
+    if value not in choices:
+        raise ArgumentError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}. Choose one.")
+    return str(value)
+
+
+def check_floating(dtype: Any) -> torch.dtype:
+    """The dtype itself when it is a floating-point one, else ``ArgumentError``."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ArgumentError(f"dtype is {dtype!r}, expected a floating-point dtype. Pass torch.float32, say.")
+    return dtype
