@@ -64,7 +64,7 @@ def test_the_global_generator_is_neither_read_nor_written(name: str) -> None:
     ("seed", "count", "message"),
     [
         (-1, 2, "seed is -1, expected an integer from 0"),
-        (0.5, 2, r"seed is 0\.5, expected a positive integer"),
+        (0.5, 2, r"seed is 0\.5, expected an integer"),
         (0, 0, "tasks is 0, expected a positive integer"),
         (0, True, "tasks is True, expected a positive integer"),
     ],
