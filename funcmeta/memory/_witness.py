@@ -88,4 +88,5 @@ def _norms(state: Any) -> list[Tensor]:
 
 
 def _close(before: Tensor, after: Tensor) -> Tensor:
-    return torch.isclose(before, after, rtol=torch.finfo(before.dtype).eps ** 0.5, atol=0.0, equal_nan=True)
+    eps = torch.finfo(before.dtype).eps
+    return torch.isclose(before, after, rtol=eps**0.5, atol=eps, equal_nan=True)
