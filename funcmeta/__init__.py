@@ -26,7 +26,17 @@ from funcmeta._gradient import value_and_grad
 from funcmeta.algorithms import anil, maml, meta_sgd, reptile
 from funcmeta.compare import Comparison, compare
 from funcmeta.compiled import compile
-from funcmeta.estimators import FirstOrder, ForwardMode, MixedMode, Reptile, Reverse
+from funcmeta.estimators import (
+    EvolutionStrategies,
+    FirstOrder,
+    ForwardMode,
+    MixedMode,
+    Particles,
+    PersistentES,
+    Reptile,
+    Reverse,
+    Truncated,
+)
 from funcmeta.inspect import Finding, Readiness, inspect
 from funcmeta.learned import LearnedOptimizer, as_transform
 from funcmeta.memory import Budget, Offload, Plan, Revolve, Segments, StoreAll, budget, plan
@@ -74,6 +84,7 @@ __all__ = [
     "CompileError",
     "DataError",
     "DetachedError",
+    "EvolutionStrategies",
     "FallbackWarning",
     "Finding",
     "FirstOrder",
@@ -89,6 +100,8 @@ __all__ = [
     "MixedMode",
     "NonFiniteError",
     "Offload",
+    "Particles",
+    "PersistentES",
     "Plan",
     "Problem",
     "Readiness",
@@ -102,6 +115,7 @@ __all__ = [
     "StructureError",
     "Task",
     "Transform",
+    "Truncated",
     "UnreachedLeafError",
     "UnrollInfo",
     "Unrolled",

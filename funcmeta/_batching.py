@@ -83,12 +83,12 @@ def task_level() -> Level | None:
     return level if level is not None and level.is_alone() else None
 
 
-def over_tasks(fn: Callable[..., Tree], tasks: int) -> Callable[..., Tree]:
+def over_tasks(fn: Callable[..., Tree], tasks: int, *, randomness: str = "different") -> Callable[..., Tree]:
     """``fn`` over every tensor of the arguments; what is not a tensor is the same for all tasks."""
 
     def mapped(*arguments: Tree) -> Tree:
         lazy_load_decompositions()
-        level = Level(_vmap_increment_nesting(tasks, "different"), tasks)
+        level = Level(_vmap_increment_nesting(tasks, randomness), tasks)
         token = _level.set(level)
         try:
             results = fn(*tree.map(lambda leaf: level.lift(leaf) if isinstance(leaf, Tensor) else leaf, arguments))

@@ -15,7 +15,7 @@ from funcmeta._graph import alias, inside_functorch
 from funcmeta._guard import check_arguments, check_attached, check_every_leaf_used, check_finite, check_replayable
 from funcmeta._typing import Batch, Meta
 from funcmeta._watch import watched
-from funcmeta.estimators import Estimator, Primal, Reverse
+from funcmeta.estimators import Estimator, Particles, Primal, Reverse
 from funcmeta.memory import Budget, Memory, Plan, StoreAll
 from funcmeta.problem import Problem, StepInfo
 from funcmeta.tasks import Task
@@ -27,6 +27,7 @@ class Carry(NamedTuple):
     Attributes:
         state: the state after the last step; detached in ``Unrolled.carry``.
         step: the index of the next step, which batches and seeds follow.
+        particles: the ``Particles`` of an estimator that has some, for the same estimator to go on with.
 
     Examples:
         >>> Carry(torch.tensor(1.0), 5).step
@@ -37,6 +38,7 @@ class Carry(NamedTuple):
 
     state: Any
     step: int
+    particles: Particles | None = None
 
 
 class UnrollInfo(NamedTuple):
@@ -173,11 +175,16 @@ def run(
         primal = _bind(problem, task, own_carry, start, start + steps, seed, tasks)
         if isinstance(memory, Budget) and primal.meta_loss is not None:
             memory = memory.reserving(primal.meta_loss, own_meta, primal.init(own_meta))
-        loss, path = estimator(primal, own_meta, memory)
+        loss, path, particles = estimator(primal, own_meta, memory)
         if loss is None:
             raise ArgumentError(
                 "There is no meta-loss: the problem's meta_loss is None and no step gave a share. Take at least one "
                 "step of a problem whose steps return StepInfo.meta_loss, or give the problem a meta_loss."
+            )
+        if carry is not None and carry.particles is not None and particles is None:
+            raise ArgumentError(
+                f"carry holds particles, which {estimator!r} does not go on with, nor any estimator without "
+                f"grad mode. Pass the estimator that made the carry, or Carry(carry.state, carry.step) to leave them."
             )
         losses = torch.stack(path.losses) if path.losses else loss.new_zeros((0,) if tasks is None else (0, tasks))
         check_finite(loss, losses, start)
@@ -186,7 +193,7 @@ def run(
             if carry is None and steps > 0 and not trial:
                 check_every_leaf_used(reached, own_meta, estimator)
     info = UnrollInfo(losses.detach(), tuple(path.aux), "single" if tasks is None else "vmap", path.memory)
-    return Unrolled(loss, path.state, info, Carry(tree.detach(path.state), start + steps))
+    return Unrolled(loss, path.state, info, Carry(tree.detach(path.state), start + steps, particles))
 
 
 def check_carry(carry: Any) -> None:
@@ -234,7 +241,8 @@ def _bind(
         check_loss(loss, name="The meta-loss", shape=shape)
         return loss.mean()  # type: ignore[no-any-return]
 
-    return Primal(init, step, None if problem.meta_loss is None else meta_loss, start, stop)
+    particles = carry.particles if carry else None
+    return Primal(init, step, None if problem.meta_loss is None else meta_loss, start, stop, seed, particles)
 
 
 class _controlled:

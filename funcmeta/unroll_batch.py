@@ -117,7 +117,7 @@ def _loop(
             estimator=estimator,
             memory=memory,
             seed=rng.fold(seed, index),
-            carry=None if carry is None else Carry(take(carry.state, index), carry.step),
+            carry=None if carry is None else carry._replace(**take(_stacked(carry), index)),
         )
         for index in range(number)
     ]
@@ -128,12 +128,13 @@ def _loop(
         outs[0].info.memory,
     )
     loss = torch.stack([out.loss for out in outs]).mean()
-    return Unrolled(
-        loss,
-        stack([out.state for out in outs]),
-        info,
-        Carry(stack([out.carry.state for out in outs]), outs[0].carry.step),
-    )
+    going_on = outs[0].carry._replace(**stack([_stacked(out.carry) for out in outs]))
+    return Unrolled(loss, stack([out.state for out in outs]), info, going_on)
+
+
+def _stacked(carry: Carry) -> dict[str, Any]:
+    """What of a carry has a task dimension when there are several tasks."""
+    return {"state": carry.state, "particles": carry.particles}
 
 
 class _Cost(NamedTuple):

@@ -1,7 +1,7 @@
 """What an estimator is: a way to turn the repeated step into a loss that carries a meta-gradient."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -9,6 +9,25 @@ from torch import Tensor
 
 from funcmeta._typing import Meta
 from funcmeta.memory import Memory, Step, Trajectory
+
+
+class Particles(NamedTuple):
+    """Perturbed copies of an inner training that go on from call to call, in pairs of opposite perturbations.
+
+    Attributes:
+        states: the states as one tree, whose tensors have a leading dimension of 2 · pairs: first all with +, then
+            their partners with −.
+        sums: for each leaf of ``meta`` that is learned, the sum of the perturbations of + so far, [pairs, *leaf.shape].
+
+    Examples:
+        >>> Particles(torch.zeros(6, 2), (torch.zeros(3),)).sums[0].shape
+        torch.Size([3])
+
+    Source: Vicol et al. (2021), algorithm 2: the inner states s and the accumulators ξ.
+    """
+
+    states: Any
+    sums: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,8 @@ class Primal:
         meta_loss: (meta, state) → 0-d tensor, or None when the steps' shares are all of the meta-loss.
         start: index of the first step.
         stop: index after the last step.
+        seed: integer from which an estimator's own draws follow.
+        particles: those that go on from an earlier call, if any.
 
     Examples:
         >>> primal = Primal(lambda meta: meta, lambda meta, state, index: (state, None), None, 0, 3)
@@ -38,6 +59,16 @@ class Primal:
     meta_loss: Callable[[Meta, Any], Tensor] | None
     start: int
     stop: int
+    seed: int = 0
+    particles: Particles | None = None
+
+    def within(self, start: int, stop: int) -> "Primal":
+        """The steps ``start`` to ``stop - 1`` alone; what is judged at the end belongs to the last ones."""
+        return replace(self, start=start, stop=stop, meta_loss=self.meta_loss if stop == self.stop else None)
+
+    def begun_at(self, state: Any) -> "Primal":
+        """The same steps from another state, whatever ``meta`` is."""
+        return replace(self, init=lambda meta: state)
 
     def total(self, meta: Meta, path: Trajectory) -> Tensor | None:
         """The meta-loss of a trajectory: the steps' shares and the loss at its end; None when there is neither."""
@@ -53,6 +84,7 @@ class Outcome(NamedTuple):
     Attributes:
         loss: 0-d tensor, or None when the problem has no meta-loss at all.
         path: the ``Trajectory``.
+        particles: those that the next call has to go on with, if any.
 
     Examples:
         >>> Outcome(None, Trajectory(None, None, [], [])).loss is None
@@ -63,6 +95,7 @@ class Outcome(NamedTuple):
 
     loss: Tensor | None
     path: Trajectory
+    particles: Particles | None = None
 
 
 class Estimator(Protocol):

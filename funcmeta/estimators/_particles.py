@@ -1,0 +1,142 @@
+"""Gradients from perturbed copies of the inner training, side by side and in pairs of opposite perturbations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcmeta import rng, tree
+from funcmeta._batching import over_tasks, stack, take
+from funcmeta._check import check_count, check_positive
+from funcmeta._errors import ArgumentError, FuncmetaError, NonFiniteError
+from funcmeta._graph import check_declared, inside_functorch
+from funcmeta._typing import Meta
+from funcmeta._watch import watched
+from funcmeta.estimators._attach import attach
+from funcmeta.estimators._base import Outcome, Particles, Primal
+from funcmeta.estimators.reverse import Reverse
+from funcmeta.memory import StoreAll, advance
+
+
+@dataclass(frozen=True)
+class Search:
+    """g = 1/(2nσ²) Σ_w Σ_i ξ_iw (L_w⁺ᵢ − L_w⁻ᵢ), where ξ_iw sums the perturbations of pair i in the windows up to w."""
+
+    name: str
+    sigma: float
+    pairs: int
+    chunk: int | None
+
+    def check(self) -> None:
+        """Raise unless the numbers can be used."""
+        check_positive("sigma", self.sigma)
+        check_count("pairs", self.pairs, advice="Pass e.g. pairs=50.")
+        check_count("chunk", self.chunk, or_none=True, advice="Pass e.g. chunk=100.")
+
+    def __call__(self, primal: Primal, meta: Meta, length: int) -> Outcome:
+        """Windows of ``length`` steps, each with new perturbations; the loss is that of the unperturbed run."""
+        if inside_functorch():
+            raise ArgumentError(
+                f"{self.name} runs its particles by torch.func.vmap and attaches what it finds, so it can not run "
+                f"inside torch.func. Use Reverse() there."
+            )
+        moving = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
+        if not moving or not torch.is_grad_enabled():
+            return Reverse()(primal, meta, StoreAll())
+        plain = self._unperturbed(primal, tree.detach(meta))
+        if plain.loss is None:
+            return plain
+        learned = [leaf.detach() for leaf in moving]
+        states, sums = primal.particles or (None, tuple([torch.zeros_like(leaf) for leaf in learned]))
+        gradients = [torch.zeros_like(leaf) for leaf in learned]
+        cuts = [*range(primal.start, primal.stop, length), primal.stop]
+        with torch.no_grad(), watched(False):
+            for part in [primal.within(*ends) for ends in pairwise(cuts)] or [primal]:
+                noise = self._noise(part, learned)
+                sums = tuple([before + each for before, each in zip(sums, noise, strict=True)])
+                metas = [torch.cat([leaf + each, leaf - each]) for leaf, each in zip(learned, noise, strict=True)]
+                losses, states = self._trained(part, meta, metas, states)
+                if losses is not None:
+                    weights = (losses[: self.pairs] - losses[self.pairs :]) / (2 * self.pairs * self.sigma**2)
+                    found = [torch.tensordot(weights.to(each), each, 1) for each in sums]
+                    gradients = [before + each for before, each in zip(gradients, found, strict=True)]
+        return Outcome(attach(plain.loss, gradients, moving), plain.path, Particles(states, sums))
+
+    def _unperturbed(self, primal: Primal, fixed: Meta) -> Outcome:
+        """The run at ``meta`` itself; what still requires grad in it was captured."""
+        if any(leaf.requires_grad for leaf in tree.tensors(primal.init(fixed))):
+            raise ArgumentError(
+                f"The initial state requires grad by itself, not through meta: {self.name} estimates the gradient by "
+                f"meta only. Pass an earlier unroll's out.carry, which is detached, or use Reverse()."
+            )
+        with watched(False):
+            loss, path, _ = Reverse()(primal, fixed, StoreAll())
+        check_declared(tree.tensors((path.state, loss)), [], primal)
+        return Outcome(loss, path)
+
+    def _noise(self, primal: Primal, learned: Sequence[Tensor]) -> list[Tensor]:
+        """Normal noise of deviation σ for each pair; it follows from the seed and the first step of the window."""
+        made = []
+        for place, leaf in enumerate(learned):
+            source = rng.generator(rng.fold(primal.seed, 3, primal.start, place), leaf.device)
+            shape = (self.pairs, *leaf.shape)
+            made.append(self.sigma * torch.randn(shape, generator=source, dtype=leaf.dtype, device=leaf.device))
+        return made
+
+    def _trained(self, primal: Primal, meta: Meta, metas: Sequence[Tensor], states: Any) -> tuple[Tensor | None, Any]:
+        """The meta-loss and the state of each particle at the end of a window."""
+        hollow = tree.map(lambda leaf: tree.HOLE if leaf.requires_grad else leaf, meta)
+
+        def train(values: Sequence[Tensor], state: Any) -> tuple[Tensor | None, Any, list[Tensor]]:
+            own = tree.filled(hollow, values)
+            begun = primal.init(own) if state is None else state
+            path = advance(primal.step, own, begun, primal.start, primal.stop)
+            return primal.total(own, path), path.state, path.losses
+
+        def together(some: tuple[Sequence[Tensor], Any]) -> Any:
+            number = len(some[0][0])
+            if self.chunk == 1:
+                return stack([train(*take(some, 0))])
+            try:
+                return over_tasks(train, number, randomness="same")(*some)
+            except FuncmetaError:
+                raise
+            except (RuntimeError, ValueError) as error:
+                raise ArgumentError(
+                    f"{number} particles of {self.name} can not run at once under vmap; torch said: "
+                    f"{str(error).splitlines()[0]} Pass chunk=1, which runs one after the other."
+                ) from error
+
+        parts = _split((metas, states), 2 * self.pairs, self.chunk or 2 * self.pairs)
+        total, states, losses = _joined([together(part) for part in parts])
+        self._check_finite(total, losses, primal.start)
+        return total, states
+
+    def _check_finite(self, total: Tensor | None, losses: Sequence[Tensor], start: int) -> None:
+        """Raise when a particle has a loss that is NaN or infinite, and name the first step where one has."""
+        reported = [(f"inner loss of step {start + index}", loss) for index, loss in enumerate(losses)]
+        for what, loss in [*reported, *([] if total is None else [("meta-loss", total)])]:
+            good = loss.isfinite().flatten(1).all(1) if loss.dim() > 1 else loss.isfinite()
+            if not good.all():
+                raise NonFiniteError(
+                    f"The {what} is NaN or infinite for {int((~good).sum())} of {len(good)} particles of {self.name}, "
+                    f"not without perturbation. Lower sigma, or make the inner training stable around meta."
+                )
+
+
+def _split(stacked: Any, number: int, size: int) -> list[Any]:
+    """Trees of at most ``size`` particles each."""
+    if size >= number:
+        return [stacked]
+    return [
+        tree.map(lambda leaf: leaf[first : first + size] if isinstance(leaf, Tensor) else leaf, stacked)  # noqa: B023
+        for first in range(0, number, size)
+    ]
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """The tree of all particles again."""
+    return tree.map(lambda *column: torch.cat(column) if isinstance(column[0], Tensor) else column[0], *parts)

@@ -1,0 +1,76 @@
+"""The meta-gradient through the last steps only, or through windows of steps."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from funcmeta import tree
+from funcmeta._check import check_count
+from funcmeta._errors import ArgumentError
+from funcmeta._typing import Meta
+from funcmeta.estimators._base import Estimator, Outcome, Primal
+from funcmeta.estimators.reverse import Reverse
+from funcmeta.memory import Memory, Trajectory
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """The meta-gradient with the graph cut every ``length`` steps: Σ_w dL_w/dmeta, the window's first state a constant.
+
+    Windows are aligned to the end; the first may be shorter. L_w are the shares of the meta-loss in window w, and in
+    the last one also the loss at the end: with that alone, the last ``length`` steps count. Initial parameters get a
+    gradient through the first window only. With ``length`` of at least all steps nothing is cut. The result is biased
+    towards what acts at once, and memory does not grow with the number of windows that give no share.
+
+    Args:
+        length: steps between two cuts.
+        estimator: how each window is differentiated; ``FirstOrder()`` for learned optimizers as in the paper.
+
+    Raises:
+        ArgumentError: ``length`` is not a positive integer; ``estimator`` is none, or has particles.
+
+    Examples:
+        >>> Truncated(20)
+        Truncated(length=20, estimator=Reverse())
+
+    Source: truncated backpropagation through time (Williams and Peng 1990); for learned optimizers Andrychowicz et
+    al. (2016), section 2.1.
+    """
+
+    length: int
+    estimator: Estimator = Reverse()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        check_count("length", self.length, advice="Pass e.g. length=20.")
+        if isinstance(self.estimator, type) or not callable(self.estimator):
+            raise ArgumentError(f"estimator is {self.estimator!r}, expected an estimator. Pass e.g. FirstOrder().")
+
+    @property
+    def unreached_advice(self) -> str:
+        """What to do when a leaf of ``meta`` gets no gradient under this estimator."""
+        return (
+            f"Truncated(length={self.length}) goes back to the cut before a share of the meta-loss, and to the initial "
+            f"state in the first window only: take a length of at least all steps, or give every step a share "
+            f"(trajectory_loss). {self.estimator.unreached_advice}"
+        )
+
+    def __call__(self, primal: Primal, meta: Meta, memory: Memory) -> Outcome:
+        """Take the windows one after the other, each from a detached state."""
+        cuts = [primal.start, *range(primal.stop, primal.start, -self.length)[::-1]]
+        shares, losses, aux = [], [], list[Any]()
+        path = None
+        for part in [primal.within(*ends) for ends in pairwise(cuts)] or [primal]:
+            begun = part if path is None else part.begun_at(tree.detach(path.state))
+            loss, path, particles = self.estimator(begun, meta, memory)
+            if particles is not None:
+                raise ArgumentError(
+                    f"Truncated was given {self.estimator!r}, which has windows of its own. Use that one by itself."
+                )
+            shares += [] if loss is None else [loss]
+            losses += path.losses
+            aux += path.aux
+        assert path is not None
+        total = torch.stack(shares).sum() if len(shares) > 1 else shares[0] if shares else None
+        return Outcome(total, Trajectory(path.state, None, losses, aux, path.memory))

@@ -1,0 +1,238 @@
+"""Truncated: the graph is cut every so many steps, windows aligned to the end."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_mixed_mode import by_hand, close, data, descending, first_task, leaf, mlp, of_module, wavy
+from test_mixed_mode import gradient as gradient_of
+from torch import Tensor
+
+import funcmeta as fm
+from funcmeta import optim
+
+STEPS = 7
+MEMORIES = (fm.StoreAll(), fm.Segments(2), fm.Segments(1), fm.Revolve(2), fm.Offload(fm.Segments(2)), fm.budget(10**8))
+INNER = (fm.Reverse(), fm.FirstOrder())
+
+
+gradient = partial(gradient_of, steps=STEPS)
+
+
+def case(trajectory: Any = True) -> Any:
+    """A net with momentum whose initial parameters and learning rate are learned."""
+    judge = (
+        None if trajectory is True else (lambda meta, predict, batch: (predict(batch[0]) - batch[1]).square().mean())
+    )
+    return of_module(mlp(), trajectory_loss=trajectory, meta_loss_fn=judge)
+
+
+def by_loop(setting: Any, length: int, *, first_order: bool) -> dict[str, Tensor]:
+    """The truncated meta-gradient by a loop that detaches, and a hand-written SGD with momentum."""
+    meta, task = setting.meta, first_task(setting.tasks)
+    net, names = mlp(), list(setting.meta["params"])
+
+    def loss_at(params: dict[str, Tensor], batch: Any) -> Tensor:
+        return (torch.func.functional_call(net, params, (batch[0],)) - batch[1]).square().mean()
+
+    params, velocity = meta["params"], {name: torch.zeros_like(each) for name, each in meta["params"].items()}
+    total = torch.zeros((), dtype=torch.float64)
+    for index in range(STEPS):
+        if index and (STEPS - index) % length == 0:
+            params = {name: each.detach().requires_grad_() for name, each in params.items()}
+            velocity = {name: each.detach() for name, each in velocity.items()}
+        loss = loss_at(params, task.support)
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        grads = [each.detach() for each in grads] if first_order else grads
+        velocity = {name: 0.7 * velocity[name] + each for name, each in zip(names, grads, strict=True)}
+        params = {name: params[name] - meta["lr"] * velocity[name] for name in names}
+        total = total + weight(index) * loss
+    leaves = dict(fm.tree.named_leaves(meta, "meta"))
+    found = torch.autograd.grad(total + loss_at(params, task.query), list(leaves.values()), allow_unused=True)
+    return {name: each for name, each in zip(leaves, found, strict=True) if each is not None}
+
+
+def weight(step: Any) -> Any:
+    return 0.5 + step
+
+
+@pytest.mark.parametrize("memory", MEMORIES, ids=repr)
+@pytest.mark.parametrize("estimator", INNER, ids=repr)
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 7, 9])
+def test_it_is_the_loop_that_detaches(length: int, estimator: Any, memory: Any) -> None:
+    setting = case(weight)
+    got = gradient(setting, fm.Truncated(length, estimator), memory=memory)
+    close(got, by_loop(setting, length, first_order=estimator == fm.FirstOrder()))
+
+
+@pytest.mark.parametrize("estimator", [fm.MixedMode(), fm.ForwardMode()], ids=repr)
+@pytest.mark.parametrize("strategy", ["single", "vmap", "loop"])
+def test_windows_are_differentiated_by_any_estimator(strategy: str, estimator: Any) -> None:
+    setting = case()
+    setting.meta["params"] = fm.tree.detach(setting.meta["params"])
+    expected = gradient(setting, fm.Truncated(3), strategy)
+    close(gradient(setting, fm.Truncated(3, estimator), strategy), expected)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_over_tasks_it_is_the_mean(strategy: str) -> None:
+    setting = case()
+    singles = []
+    for index in range(2):
+        task = fm.Task(*[tuple(each[index] for each in part) for part in setting.tasks[:2]])
+        loss = fm.unroll(setting.problem, setting.meta, task, steps=STEPS, estimator=fm.Truncated(2)).loss
+        singles.append(torch.autograd.grad(loss, fm.tree.leaves(setting.meta)))
+    mean = [(a + b) / 2 for a, b in zip(*singles, strict=True)]
+    close(list(gradient(setting, fm.Truncated(2), strategy).values()), mean)
+
+
+def test_with_a_final_loss_alone_the_last_steps_count() -> None:
+    """w' = w + a and L = w: each step that counts gives the slope 1."""
+    problem = fm.Problem(
+        lambda meta, task, seed: torch.zeros(()),
+        lambda meta, w, batch, seed: (w + meta, fm.StepInfo(w)),
+        lambda meta, w, query, seed: w,
+    )
+    a = torch.tensor(1.0, requires_grad=True)
+    task = fm.Task(torch.ones(1), None)
+    for length, expected in ((1, 1.0), (2, 2.0), (5, 5.0), (6, 5.0)):
+        out = fm.unroll(problem, a, task, steps=5, estimator=fm.Truncated(length))
+        assert float(torch.autograd.grad(out.loss, a)[0]) == expected
+        assert float(out.loss.detach()) == 5.0
+
+
+def test_initial_parameters_are_reached_in_the_first_window_only() -> None:
+    """w' = w + a with shares w: in windows of 2, 1 and 2 steps the share of w_0 counts for w_0 alone."""
+    problem = fm.Problem(
+        lambda meta, task, seed: meta["w"] * 1,
+        lambda meta, w, batch, seed: (w + meta["a"], fm.StepInfo(w, w)),
+        None,
+    )
+    meta = {"w": torch.tensor(0.0, requires_grad=True), "a": torch.tensor(1.0, requires_grad=True)}
+    out = fm.unroll(problem, meta, fm.Task(torch.ones(1), None), steps=5, estimator=fm.Truncated(2))
+    slopes = torch.autograd.grad(out.loss, list(meta.values()))
+    assert [float(each) for each in slopes] == [1.0, 0.0 + 1.0 + 1.0]
+
+
+def test_a_carry_with_its_graph_is_reached_in_the_first_window() -> None:
+    setting = case()
+    task = first_task(setting.tasks)
+
+    def run(estimator: Any) -> Sequence[Tensor]:
+        first = fm.unroll(setting.problem, setting.meta, task, steps=2)
+        rest = fm.unroll(
+            setting.problem, setting.meta, task, steps=3, estimator=estimator, carry=fm.Carry(first.state, 2)
+        )
+        return torch.autograd.grad(first.loss + rest.loss, fm.tree.leaves(setting.meta))
+
+    close(run(fm.Truncated(3)), run(fm.Reverse()))
+    assert not torch.allclose(run(fm.Truncated(2))[0], run(fm.Reverse())[0])
+
+
+@pytest.mark.parametrize("memory", [fm.StoreAll(), fm.Segments(1)], ids=repr)
+def test_results_are_those_of_reverse(memory: Any) -> None:
+    setting = case(weight)
+    ours, theirs = (
+        fm.unroll(
+            setting.problem, setting.meta, first_task(setting.tasks), steps=5, estimator=each, memory=memory, seed=4
+        )
+        for each in (fm.Truncated(2), fm.Reverse())
+    )
+    close(ours.loss.detach(), theirs.loss.detach())
+    close(ours.info.losses, theirs.info.losses)
+    close(ours.carry, theirs.carry)
+    assert len(ours.info.aux) == 5
+    assert ours.info.memory.steps == 2
+
+
+def test_no_steps_and_no_grad() -> None:
+    setting = of_module(mlp())
+    task = first_task(setting.tasks)
+    out = fm.unroll(setting.problem, setting.meta, task, steps=0, estimator=fm.Truncated(2))
+    close(out.loss.detach(), fm.unroll(setting.problem, setting.meta, task, steps=0).loss.detach())
+    with torch.no_grad():
+        out = fm.unroll(setting.problem, setting.meta, task, steps=3, estimator=fm.Truncated(2))
+    assert not out.loss.requires_grad
+
+
+def test_a_second_derivative() -> None:
+    setting = descending(lambda meta, w, batch: wavy(w * meta["a"], batch), {"a": leaf(0.7)})
+    again = []
+    for estimator in (fm.Truncated(9), fm.Reverse()):
+        out = fm.unroll(setting.problem, setting.meta, first_task(setting.tasks), steps=3, estimator=estimator)
+        (slope,) = torch.autograd.grad(out.loss, setting.meta["a"], create_graph=True)
+        again.append(torch.autograd.grad(slope, list(setting.meta.values())))
+    close(*again)
+
+
+def test_compiled() -> None:
+    setting = case(weight)
+    compiled = setting._replace(problem=fm.compile(setting.problem, backend="aten"))
+    close(gradient(compiled, fm.Truncated(3)), gradient(setting, fm.Truncated(3)))
+
+
+def test_a_long_training_in_the_memory_of_a_window() -> None:
+    from funcmeta._live_bytes import LiveBytes
+
+    net = mlp()
+    problem = fm.inner_problem(
+        net,
+        lambda meta, predict, batch: wavy(predict(batch[0]).mean(1)[:3], batch),
+        optimizer=(lambda meta: optim.sgd(meta["lr"])),
+    )
+    task = first_task(data())
+
+    def peak(steps: int, estimator: Any) -> int:
+        with LiveBytes() as live:
+            fm.unroll(problem, {"lr": leaf(0.1)}, task, steps=steps, estimator=estimator)
+        return live.peak
+
+    assert peak(60, fm.Truncated(2)) < 1.2 * peak(6, fm.Truncated(2)) < 0.2 * peak(60, fm.Reverse())
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize("memory", [fm.StoreAll(), fm.Segments(1)], ids=repr)
+def test_initial_parameters_without_a_share_in_the_first_window(memory: Any) -> None:
+    setting = of_module(mlp())
+    with pytest.raises(
+        fm.UnreachedLeafError,
+        match=r"meta\['params'\]\['0.weight'\].*Truncated\(length=2\) goes back to the cut.*take a length of at least "
+        r"all steps, or give every step a share \(trajectory_loss\)\. .*requires_grad=False",
+    ):
+        gradient(setting, fm.Truncated(2), memory=memory)
+
+
+def test_nothing_reached() -> None:
+    setting = by_hand(lambda meta, w, batch, seed: (w * 1, fm.StepInfo(w.sum())))
+    meta = {"w": setting.meta["w"]}
+    with pytest.raises(fm.DetachedError, match=r"does not depend on meta.*Truncated\(length=1\) goes back to the cut"):
+        fm.unroll(setting.problem, meta, first_task(setting.tasks), steps=3, estimator=fm.Truncated(1))
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, True, None])
+def test_bad_lengths(length: Any) -> None:
+    with pytest.raises(fm.ArgumentError, match=r"length is .*, expected a positive integer\. Pass e\.g\. length=20"):
+        fm.Truncated(length)
+
+
+@pytest.mark.parametrize("estimator", [fm.FirstOrder, "first order", None])
+def test_bad_estimators(estimator: Any) -> None:
+    with pytest.raises(fm.ArgumentError, match=r"estimator is .*, expected an estimator\. Pass e\.g\. FirstOrder\(\)"):
+        fm.Truncated(3, estimator)
+
+
+def test_windows_in_windows() -> None:
+    setting = case()
+    with pytest.raises(
+        fm.ArgumentError, match=r"was given PersistentES\(.*\), which has windows of its own\. Use that"
+    ):
+        gradient(setting, fm.Truncated(3, fm.PersistentES(0.1, 2, 3)))
+
+
+def test_estimators_compare_and_print() -> None:
+    assert fm.Truncated(2) == fm.Truncated(2) != fm.Truncated(3)
+    assert repr(fm.Truncated(2, fm.FirstOrder())) == "Truncated(length=2, estimator=FirstOrder())"
