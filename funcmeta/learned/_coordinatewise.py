@@ -76,7 +76,9 @@ class Coordinatewise(LearnedOptimizer):
         features = torch.cat([each.flatten(1) if each.dim() > 1 else each[:, None] for each, _ in seen], 1)
         outputs, hidden = self.decide(features, state.hidden, sizes)
         parts = torch.split(outputs, sizes, 1)
-        updates = [self.act(part.reshape(-1, *leaf.shape), leaf) for part, leaf in zip(parts, params, strict=True)]
+        updates = [
+            self.act(part.reshape(part.shape[0], *leaf.shape), leaf) for part, leaf in zip(parts, params, strict=True)
+        ]
         following = CoordinatewiseState(state.step + 1, tuple([slots for _, slots in seen]), hidden)
         return tree.like(param, updates), following
 

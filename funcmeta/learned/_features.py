@@ -49,9 +49,8 @@ def factored_zeros(param: Tensor, decays: int) -> Factored:
     if dims is None:
         zero = param.new_zeros((decays, *param.shape))
         return Factored(zero, zero)
-    row, column = dims
-    rows, columns = (param.new_zeros((decays, *param.shape)).mean(1 + dim, keepdim=True) for dim in (column, row))
-    return Factored(rows, columns)
+    shapes = [tuple(1 if dim == gone else size for dim, size in enumerate(param.shape)) for gone in reversed(dims)]
+    return Factored(*[param.new_zeros((decays, *shape)) for shape in shapes])
 
 
 def factored(old: Factored, grad: Tensor, decays: Tensor) -> tuple[Factored, Scales]:

@@ -1,0 +1,106 @@
+"""Learned optimizers in ordinary training, by the interface of torch.optim."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import funcmeta as fm
+from funcmeta import learned
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(8, 3, generator=generator)
+        optimizer.zero_grad()
+        F.mse_loss(net(x), x[:, :1]).backward()
+        optimizer.step()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+
+
+def test_a_transform_trains_as_the_optimizer_of_torch() -> None:
+    ours, theirs = network(), network()
+    train(ours, learned.TorchOptimizer(ours.parameters(), fm.optim.adam(0.01)), 5)
+    train(theirs, torch.optim.Adam(theirs.parameters(), 0.01), 5)
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_it_equals_the_inner_problem() -> None:
+    torch.manual_seed(1)
+    optimizer = learned.lstm(hidden=4)
+    net = network()
+    x = torch.randn(8, 3)
+    problem = fm.inner_problem(
+        net, lambda meta, predict, batch: F.mse_loss(predict(batch), batch[:, :1]), optimizer=fm.as_transform(optimizer)
+    )
+    with torch.no_grad():
+        expected = fm.unroll(problem, {}, fm.Task(x, x), steps=4).state.params
+    steps = learned.TorchOptimizer(net.named_parameters(), optimizer)
+    for _ in range(4):
+        steps.zero_grad()
+        F.mse_loss(net(x), x[:, :1]).backward()
+        steps.step()
+    for name, param in net.named_parameters():
+        torch.testing.assert_close(param.detach(), expected[name])
+
+
+def test_it_goes_on_from_a_saved_state(tmp_path: Any) -> None:
+    torch.manual_seed(1)
+    optimizer = learned.mlp()
+    whole, parts = network(), network()
+    steps = learned.TorchOptimizer(whole.named_parameters(), optimizer)
+    train(whole, steps, 3)
+    train(whole, steps, 3, seed=1)
+    first = learned.TorchOptimizer(parts.named_parameters(), optimizer)
+    train(parts, first, 3)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = learned.TorchOptimizer(parts.named_parameters(), optimizer)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    train(parts, second, 3, seed=1)
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_closure_is_called_once_and_a_scheduler_can_be_attached() -> None:
+    net = network()
+    optimizer = learned.TorchOptimizer(net.parameters(), learned.linear())
+    calls = []
+
+    def closure() -> torch.Tensor:
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = net(torch.ones(2, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).requires_grad
+    assert calls == [1]
+    assert all(param.is_leaf and param.requires_grad for param in net.parameters())
+
+
+def test_bad_input() -> None:
+    net = network()
+    with pytest.raises(fm.ArgumentError, match=r"expected a LearnedOptimizer or a Transform\. Pass e\.g\."):
+        learned.TorchOptimizer(net.parameters(), torch.optim.SGD)
+    with pytest.raises(fm.ArgumentError, match=r"params come in 2 groups, expected one\. Make one"):
+        learned.TorchOptimizer([{"params": net[0].parameters()}, {"params": net[2].parameters()}], learned.linear())
+    optimizer = learned.TorchOptimizer(net.named_parameters(), learned.linear())
+    net[0](torch.ones(1, 3)).sum().backward()
+    with pytest.raises(fm.ArgumentError, match=r"parameter '2\.weight' has no gradient\. Call backward"):
+        optimizer.step()
+    other = nn.Linear(1, 1)
+    adam = learned.TorchOptimizer(other.parameters(), fm.optim.adam(0.1))
+    other(torch.ones(1, 1)).sum().backward()
+    adam.step()
+    with pytest.raises((fm.StructureError, ValueError)):
+        learned.TorchOptimizer(net.parameters(), fm.optim.adam(0.1)).load_state_dict(adam.state_dict())
+    with pytest.raises(fm.StructureError, match="Load what the same optimizer saved"):
+        learned.TorchOptimizer(other.parameters(), learned.lstm()).load_state_dict(adam.state_dict())
