@@ -2,6 +2,7 @@
 
 from funcmeta.learned._coordinatewise import Coordinatewise
 from funcmeta.learned._file import load, save
+from funcmeta.learned._gates import gates
 from funcmeta.learned._hierarchical import hierarchical
 from funcmeta.learned._hyperparameters import hyperparameters
 from funcmeta.learned._linear import linear
@@ -16,6 +17,7 @@ __all__ = [
     "LearnedOptimizer",
     "TorchOptimizer",
     "as_transform",
+    "gates",
     "hierarchical",
     "hyperparameters",
     "linear",

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from funcmeta._errors import ArgumentError, DataError
+from funcmeta.learned._gates import gates
 from funcmeta.learned._hierarchical import hierarchical
 from funcmeta.learned._hyperparameters import _Hyperparameters
 from funcmeta.learned._linear import linear
@@ -27,6 +28,7 @@ _KINDS: dict[str, Callable[..., LearnedOptimizer]] = {
     "lstm": lstm,
     "rnnprop": rnnprop,
     "mlp": mlp,
+    "gates": gates,
     "hierarchical": hierarchical,
     "hyperparameters": _Hyperparameters,
 }

@@ -1,0 +1,245 @@
+"""A language model with three memories: its hidden state, its weights while it reads, and its weights for good."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from funcmeta import tree
+from funcmeta._check import check_count
+from funcmeta._errors import ArgumentError
+from funcmeta._gradient import value_and_grad
+from funcmeta._typing import Batch, Meta, Params
+from funcmeta.estimators import Estimator, FirstOrder
+from funcmeta.learned import as_transform
+from funcmeta.learned._gates import Gates
+from funcmeta.learned._optimizer import LearnedOptimizer
+from funcmeta.memory import Memory, StoreAll
+from funcmeta.model import functionalize, init_params
+from funcmeta.optim import advance
+from funcmeta.problem import Problem, StepInfo
+from funcmeta.tasks import Task
+from funcmeta.unroll import Carry, Unrolled, unroll
+
+__all__ = ["DynamicLanguageModel", "LanguageModel", "Reading", "ReadingState", "build"]
+
+
+class LanguageModel(nn.Module):
+    """An LSTM between an embedding and a decoder that share their weight.
+
+    Args:
+        vocabulary: number of words.
+        width: units of the embedding and of each layer.
+        layers: number of LSTM layers.
+        dropout: probability to drop an entry of what enters and leaves the LSTM, while training.
+
+    Examples:
+        >>> model = LanguageModel(vocabulary=10, width=4)
+        >>> scores, hidden = model(torch.tensor([1, 2, 3]), model.start())
+        >>> scores.shape
+        torch.Size([3, 10])
+
+    Source: Press and Wolf (2017), "Using the Output Embedding to Improve Language Models", for the shared weight.
+    """
+
+    def __init__(self, vocabulary: int, width: int, *, layers: int = 1, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.layers = nn.LSTM(width, width, layers)
+        self.decoder = nn.Linear(width, vocabulary)
+        self.drop = nn.Dropout(dropout)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        nn.init.zeros_(self.decoder.bias)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, words: Tensor, hidden: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Scores of each next word, [words, ..., vocabulary], from words [words, ...]; and the next hidden state."""
+        out, hidden = self.layers(self.drop(self.embedding(words)), hidden)
+        return self.decoder(self.drop(out)), hidden
+
+    def start(self, *rows: int) -> tuple[Tensor, Tensor]:
+        """The hidden state before the first word, for one text, or for so many at once."""
+        zero = self.embedding.weight.new_zeros((self.layers.num_layers, *rows, self.layers.hidden_size))
+        return zero, zero
+
+
+class ReadingState(NamedTuple):
+    """What one segment hands to the next.
+
+    Attributes:
+        params: the weights as the reading has left them, by name: the medium-term memory.
+        hidden: the model's hidden state: the short-term memory.
+
+    Examples:
+        >>> ReadingState({}, ()).hidden
+        ()
+
+    Source: this library.
+    """
+
+    params: Params
+    hidden: Any
+
+
+class Reading(NamedTuple):
+    """What reading a stream gives.
+
+    Attributes:
+        losses: for each segment the losses of its words, [words], in nats, before the segment was learned from.
+        carry: where the reading stopped.
+
+    Examples:
+        >>> Reading((torch.ones(3),), None).losses[0].mean()
+        tensor(1.)
+
+    Source: this library.
+    """
+
+    losses: tuple[Tensor, ...]
+    carry: Carry
+
+
+class Window(Protocol):
+    """The next window of a stream."""
+
+    def __call__(self, meta: Meta, task: Task, *, carry: Carry | None = None) -> Unrolled:
+        """Its mean loss, attached to ``meta``, and the carry for the window after it."""
+
+
+class Read(Protocol):
+    """What is left of a stream."""
+
+    def __call__(self, meta: Meta, task: Task, *, carry: Carry | None = None) -> Reading:
+        """Read it without a graph; the losses of all words, and where the reading stopped."""
+
+
+class DynamicLanguageModel(NamedTuple):
+    """The algorithm as three functions, and the problem that they unroll.
+
+    Attributes:
+        init: () → meta, ``{"static": ..., "gates": ...}``.
+        loss: (meta, task, carry=None) → ``Unrolled``: the mean loss over the next window of the stream, and its carry.
+        adapt: (meta, task, carry=None) → ``Reading``: the stream read to its end, without a graph.
+        problem: for ``unroll``; one step reads one segment.
+
+    Examples:
+        >>> DynamicLanguageModel._fields
+        ('init', 'loss', 'adapt', 'problem')
+
+    Source: this library.
+    """
+
+    init: Callable[[], Meta]
+    loss: Window
+    adapt: Read
+    problem: Problem
+
+
+def build(
+    module: nn.Module,
+    gates: LearnedOptimizer,
+    *,
+    window: int = 10,
+    learn_static: bool = False,
+    estimator: Estimator = FirstOrder(),  # noqa: B008
+    memory: Memory = StoreAll(),  # noqa: B008
+) -> DynamicLanguageModel:
+    """A language model whose weights are updated while it reads, by gates that are learned.
+
+    One step reads a segment: its loss ℓ_t is computed with the weights θ_t that the segments before have left, then
+    θ_{t+1} = copy · θ_t − update · ∇ℓ_t + flush · θ_static. Hidden state and weights go on from article to article.
+    The meta-loss of a window is the mean of its ℓ_t, so the gates learn to make the segments to come likely.
+
+    Args:
+        module: the model: (words [words], hidden) → (scores [words, vocabulary], hidden), and ``start()`` → hidden;
+            e.g. a trained ``LanguageModel``. It is read in eval mode; its parameters are where θ_static begins.
+        gates: a ``funcmeta.learned.gates(...)``; its weights are where the gates begin.
+        window: segments that one ``loss`` reads; a meta-gradient goes back no further.
+        learn_static: whether θ_static is learned too.
+        estimator: how the meta-gradient is computed; exact by ``Reverse()``.
+        memory: what the estimator keeps of the trajectory.
+
+    Returns:
+        ``DynamicLanguageModel``. Its tasks are streams, as from ``Corpus.stream``: the support gives for each step
+        words and the words that follow them, and the spec has an entry for each step.
+
+    Raises:
+        ArgumentError: ``gates`` are none, ``window`` is not positive, the module can not be made functional or has no
+            ``start``; in ``loss``, the stream is at its end.
+
+    Examples:
+        >>> from funcmeta.learned import gates
+        >>> algorithm = build(LanguageModel(vocabulary=9, width=4), gates(), window=2)
+        >>> meta, words = algorithm.init(), torch.arange(9)
+        >>> task = Task(lambda step: (words[:-1], words[1:]), None, spec=(0,) * 6)
+        >>> out = algorithm.loss(meta, task)
+        >>> out.loss.backward()
+        >>> algorithm.loss(meta, task, carry=out.carry).carry.step
+        4
+        >>> len(algorithm.adapt(meta, task).losses)
+        6
+
+    Source: Wolf, Chaumond and Delangue (2018), "Meta-Learning a Dynamical Language Model" (arXiv:1803.10631).
+    """
+    if not isinstance(gates, Gates):
+        raise ArgumentError(f"gates is {gates!r}, expected gates. Pass funcmeta.learned.gates(...).")
+    start = getattr(module, "start", None)
+    if not callable(start):
+        raise ArgumentError(
+            f"module is a {type(module).__name__} without start(), which returns the hidden state before the first "
+            f"word. Pass a LanguageModel, or define it."
+        )
+    check_count("window", window)
+    problem = _problem(module, gates, start())
+
+    def init() -> Meta:
+        static = {name: leaf.requires_grad_(learn_static) for name, leaf in init_params(module).items()}
+        own = {name: leaf.detach().clone().requires_grad_() for name, leaf in gates.named_parameters()}
+        return {"static": static, "gates": own}
+
+    def loss(meta: Meta, task: Task, *, carry: Carry | None = None) -> Unrolled:
+        steps = min(window, _left(task, carry))
+        if not steps:
+            raise ArgumentError(
+                f"the stream has {len(task.spec)} segments, and all of them were read. Begin another one with "
+                f"carry=Carry(carry.state, 0), or without a carry."
+            )
+        out = unroll(problem, meta, task, steps=steps, estimator=estimator, memory=memory, carry=carry)
+        return out._replace(loss=out.loss / steps)
+
+    def adapt(meta: Meta, task: Task, *, carry: Carry | None = None) -> Reading:
+        with torch.no_grad():
+            out = unroll(problem, tree.detach(meta), task, steps=_left(task, carry), carry=carry)
+        return Reading(out.info.aux, out.carry)
+
+    return DynamicLanguageModel(init, loss, adapt, problem)
+
+
+def _left(task: Task, carry: Carry | None) -> int:
+    return max(len(task.spec) - (carry.step if carry else 0), 0)
+
+
+def _problem(module: nn.Module, gates: Gates, hidden: Any) -> Problem:
+    """Reading by segments, each learned from after it was read, from a hidden state on."""
+    model, _, buffers = functionalize(module)
+    start = tree.detach(hidden)
+
+    def init(meta: Meta, task: Task, seed: int) -> ReadingState:
+        return ReadingState(meta["static"], start)
+
+    def step(meta: Meta, state: ReadingState, batch: Batch, seed: int) -> tuple[ReadingState, StepInfo]:
+        words, following = batch
+
+        def objective(params: Params) -> tuple[Tensor, Any]:
+            (scores, hidden), _ = model(params, buffers, words, state.hidden, train=False)
+            losses = F.cross_entropy(scores, following, reduction="none")
+            return losses.mean(), (losses, hidden)
+
+        (loss, (losses, hidden)), grads = value_and_grad(objective, has_aux=True)(state.params)
+        transform = as_transform(gates, meta["gates"])
+        params, _ = advance(transform, grads, transform.init(meta["static"]), state.params)
+        return ReadingState(params, hidden), StepInfo(loss, loss, losses)
+
+    return Problem(init, step, None)
