@@ -118,7 +118,11 @@ OPTIMIZERS = {
     ),
     "rmsprop": Optimizer(lambda meta: optim.rmsprop(meta["lr"], alpha=0.9, eps=0.1), {"lr": 0.05}),
 }
-ESTIMATORS: dict[str, Any] = {"mixed mode": fm.MixedMode(), "forward mode": fm.ForwardMode()}
+ESTIMATORS: dict[str, Any] = {
+    "mixed mode": fm.MixedMode(),
+    "forward mode": fm.ForwardMode(),
+    "one window": fm.Truncated(10),
+}
 """Those that are exact, besides Reverse, which they are held against."""
 STEPS = (1, 3, 10)
 PAIRS = [(model, optimizer) for model in MODELS for optimizer in OPTIMIZERS]

@@ -238,6 +238,14 @@ def test_forward_mode_is_reverse(model: str, strategy: str) -> None:
     assert_agree(got, reference(model, "sgd momentum", 2, strategy), TOLERANCES.exact)
 
 
+@pytest.mark.parametrize("strategy", ["single", *MANY])
+@pairs
+def test_one_window_is_reverse(model: str, optimizer: str, strategy: str) -> None:
+    for length, memory in ((3, fm.StoreAll()), (4, fm.Segments(2))):
+        got = gradient(model, optimizer, 3, strategy, estimator=fm.Truncated(length), memory=memory)
+        assert_agree(got, reference(model, optimizer, 3, strategy), TOLERANCES.memory)
+
+
 @exactly
 @pytest.mark.parametrize("name", ESTIMATORS)
 @models

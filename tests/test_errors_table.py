@@ -521,6 +521,57 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
         "`OUTSIDE`",
         "pass .detach() of it",
     ),
+    "windows of no steps": (
+        lambda: fm.Truncated(0),
+        fm.ArgumentError,
+        "length is 0, expected a positive integer",
+        "Pass e.g. length=20",
+    ),
+    "windows differentiated by nothing": (
+        lambda: fm.Truncated(3, None),
+        fm.ArgumentError,
+        "estimator is None, expected an estimator",
+        "Pass e.g. FirstOrder()",
+    ),
+    "initial parameters that truncation does not reach": (
+        lambda: unroll(estimator=fm.Truncated(1)),
+        fm.UnreachedLeafError,
+        "Truncated(length=1) goes back to the cut before a share of the meta-loss",
+        "take a length of at least all steps, or give every step a share",
+    ),
+    "evolution strategies without perturbations": (
+        lambda: fm.EvolutionStrategies(sigma=0, pairs=3),
+        fm.ArgumentError,
+        "sigma is 0, expected a positive number",
+        "Pass e.g. sigma=0.1",
+    ),
+    "a captured tensor under EvolutionStrategies": (
+        lambda: by_hand(descend(lambda w: OUTSIDE * square(w)), estimator=fm.EvolutionStrategies(0.1, 2)),
+        fm.CapturedTensorError,
+        "`OUTSIDE`",
+        "put it into `meta`",
+    ),
+    "particles that vmap can not run": (
+        lambda: by_hand(
+            lambda meta, w, batch, seed: (w * w[0].item(), fm.StepInfo(square(w))),
+            estimator=fm.EvolutionStrategies(0.1, 2),
+        ),
+        fm.ArgumentError,
+        "4 particles of EvolutionStrategies can not run at once under vmap",
+        "Pass chunk=1",
+    ),
+    "a carry without particles": (
+        lambda: unroll(estimator=fm.PersistentES(0.1, 2, 1), carry=unroll().carry),
+        fm.ArgumentError,
+        "carry is at step 2 and holds no particles",
+        "Pass the out.carry of an unroll by PersistentES, or carry=None",
+    ),
+    "particles for an estimator that has none": (
+        lambda: unroll(carry=unroll(estimator=fm.PersistentES(0.1, 2, 1)).carry),
+        fm.ArgumentError,
+        "carry holds particles, which Reverse() does not go on with",
+        "Pass the estimator that made the carry, or Carry(carry.state, carry.step)",
+    ),
     "compile a function": (
         lambda: fm.compile(square),
         fm.ArgumentError,
