@@ -1,6 +1,7 @@
 """Plain text out of a dump of Wikipedia: pages out of XML, words out of markup."""
 
 import bz2
+import html
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ _LINK = re.compile(r"\[\[(?![A-Za-z-]+:)(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
 _FILE = re.compile(r"\[\[[^\[\]]*\]\]")
 _ADDRESS = re.compile(r"\[?\bhttps?://[^\s\]]*\s?([^\]\n]*)\]?")
 _HEADING = re.compile(r"^(={2,6})\s*(.*?)\s*\1\s*$")
-_LEFTOVERS = re.compile(r"<[^<>]*>|'{2,}|&\w+;")
+_LEFTOVERS = re.compile(r"<[^<>]*>|'{2,}")
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -47,12 +48,10 @@ def pages(path: Path, *, advice: str) -> Iterator[tuple[str, str]]:
 
 def plain(markup: str) -> list[str]:
     """The headings, as in WikiText, and the paragraphs; without templates, tables, references, files and lists."""
-    text = _until_steady(_TEMPLATE, "", _DROPPED.sub("", markup))
+    text = _ADDRESS.sub(r"\1", _until_steady(_TEMPLATE, "", _DROPPED.sub("", markup)))
     text = _FILE.sub("", _until_steady(_LINK, r"\1", text))
-    lines = [
-        line for line in _ADDRESS.sub(r"\1", text).split("\n") if not line.startswith(("*", "#", ":", ";", "|", "!"))
-    ]
-    cleaned = [_LEFTOVERS.sub("", _HEADING.sub(_spaced, line)).strip() for line in lines]
+    lines = [line for line in text.split("\n") if not line.startswith(("*", "#", ":", ";", "|", "!"))]
+    cleaned = [html.unescape(_LEFTOVERS.sub("", _HEADING.sub(_spaced, line))).strip() for line in lines]
     return [line for line in cleaned if line]
 
 

@@ -148,7 +148,7 @@ def wikitext_articles(path: str | PathLike[str], *, least: int = 0) -> tuple[Art
     ]
     articles = [
         Article(lines[start + 1].strip("= "), _words(lines[start:stop]))
-        for start, stop in zip(starts, [*starts[1:], len(lines)], strict=True)
+        for start, stop in zip(starts, [*starts, len(lines)][1:], strict=True)
     ]
     return _long_enough(articles, least, file, advice)
 
