@@ -18,6 +18,7 @@ from funcmeta._errors import (
     MemoryBudgetError,
     MissingExtraError,
     NonFiniteError,
+    NonFiniteWarning,
     ReplayError,
     StructureError,
     UnreachedLeafError,
@@ -37,6 +38,7 @@ from funcmeta.estimators import (
     Reverse,
     Truncated,
 )
+from funcmeta.horizon import HorizonReport, HorizonRow, horizon_report
 from funcmeta.inspect import Finding, Readiness, inspect
 from funcmeta.learned import LearnedOptimizer, as_transform
 from funcmeta.memory import Budget, Offload, Plan, Revolve, Segments, StoreAll, budget, plan
@@ -92,6 +94,8 @@ __all__ = [
     "FuncmetaError",
     "FunctionalModel",
     "GraphError",
+    "HorizonReport",
+    "HorizonRow",
     "InnerState",
     "LearnedOptimizer",
     "LossError",
@@ -99,6 +103,7 @@ __all__ = [
     "MissingExtraError",
     "MixedMode",
     "NonFiniteError",
+    "NonFiniteWarning",
     "Offload",
     "Particles",
     "PersistentES",
@@ -144,6 +149,7 @@ __all__ = [
     "from_torch_optim_state",
     "from_torchopt",
     "functionalize",
+    "horizon_report",
     "init_params",
     "inner_problem",
     "inspect",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = (
-    ("_typing", "_errors", "_check", "tree", "rng"),
+    ("_typing", "_errors", "_check", "_files", "tree", "rng"),
     (
         *("_batching", "_context", "_exact_layers", "_gradient", "_graph", "_live_bytes", "_lowering", "_mixed"),
         *("_watch", "model", "optim", "linear_solve", "tasks"),
@@ -19,7 +19,7 @@ LAYERS = (
     ("learned", "problem", "memory"),
     ("compiled", "estimators"),
     ("unroll", "unroll_batch", "_guard"),
-    ("algorithms", "compare", "inspect", "testing", "compat"),
+    ("algorithms", "compare", "evaluation", "horizon", "inspect", "testing", "compat"),
     ("training", "cli"),
     ("__init__", "__main__"),
 )

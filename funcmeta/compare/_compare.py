@@ -99,20 +99,20 @@ def compare(
             "No leaf of meta requires grad, so there is no meta-gradient to compare. Call requires_grad_() on what "
             "is learned across tasks; init_params(module) gives such leaves."
         )
-    candidates = _candidates(estimators)
+    contestants = candidates(estimators)
     if reference is None:
-        reference = next(iter(candidates))
-    if reference not in candidates:
+        reference = next(iter(contestants))
+    if reference not in contestants:
         raise ArgumentError(
-            f"reference is {reference!r}, expected one of the estimators' names: {', '.join(candidates)}. Pass one."
+            f"reference is {reference!r}, expected one of the estimators' names: {', '.join(contestants)}. Pass one."
         )
     with torch.enable_grad():
-        return _compare(setting, candidates, reference, directions)
+        return _compare(setting, contestants, reference, directions)
 
 
-def _compare(setting: Setting, candidates: Mapping[str, Candidate], reference: str, directions: int) -> Comparison:
-    candidates[reference].gradient(setting)
-    settled = {name: replace(each, constant=each.reached(setting).unreached) for name, each in candidates.items()}
+def _compare(setting: Setting, contestants: Mapping[str, Candidate], reference: str, directions: int) -> Comparison:
+    contestants[reference].gradient(setting)
+    settled = {name: replace(each, constant=each.reached(setting).unreached) for name, each in contestants.items()}
     device = next(iter(setting.learned.values())).device
     costs = {name: _cost(each, setting, device) for name, each in settled.items()}
     seconds = median_seconds({name: partial(each.gradient, setting) for name, each in settled.items()}, device)
@@ -137,7 +137,7 @@ def _compare(setting: Setting, candidates: Mapping[str, Candidate], reference: s
     dtypes = {str(leaf.dtype).removeprefix("torch."): None for leaf in setting.learned.values()}
     return Comparison(
         rows=tuple(rows),
-        leaves=tuple(_leaf_rows(setting, candidates, reference)),
+        leaves=tuple(_leaf_rows(setting, contestants, reference)),
         reference=reference,
         steps=setting.steps,
         directions=directions,
@@ -163,11 +163,11 @@ def _cost(candidate: Candidate, setting: Setting, device: torch.device) -> _Cost
     return _Cost(results[0], counted.evaluations, peak)
 
 
-def _leaf_rows(setting: Setting, candidates: Mapping[str, Candidate], reference: str) -> Iterator[LeafRow]:
+def _leaf_rows(setting: Setting, contestants: Mapping[str, Candidate], reference: str) -> Iterator[LeafRow]:
     """Agreement of each leaf, and of all together, after fewer steps."""
     for steps in _lengths(setting.steps):
         shorter = replace(setting, steps=steps)
-        gradients = {name: each.reached(shorter).gradient for name, each in candidates.items()}
+        gradients = {name: each.reached(shorter).gradient for name, each in contestants.items()}
         exact = gradients[reference]
         for name, gradient in gradients.items():
             groups = {"meta": list(gradient)} | {leaf: [leaf] for leaf in gradient}
@@ -189,7 +189,8 @@ def _worst(gradient: Gradient, exact: Gradient) -> tuple[str, float]:
     return min(known.items(), key=lambda pair: pair[1]) if known else ("", math.nan)
 
 
-def _candidates(estimators: Estimators | None) -> dict[str, Candidate]:
+def candidates(estimators: Estimators | None) -> dict[str, Candidate]:
+    """The estimators by name, checked; the default ones for None."""
     if estimators is None:
         estimators = {"second order": Reverse(), "first order": FirstOrder()}
     if not isinstance(estimators, Mapping) or not estimators:

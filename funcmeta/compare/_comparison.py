@@ -61,7 +61,7 @@ class Comparison:
         content = asdict(self)
         content["rows"] = [row._asdict() for row in self.rows]
         content["leaves"] = [row._asdict() for row in self.leaves]
-        return _plain(content)  # type: ignore[no-any-return]
+        return plain(content)  # type: ignore[no-any-return]
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw cosine and norm ratio of the largest leaves over the inner steps, and the cost, into a file.
@@ -73,9 +73,10 @@ class Comparison:
         draw(self.rows, self.leaves, self.reference, path)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The same as dicts, lists, strings and numbers for JSON, where a number that is not finite is None."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

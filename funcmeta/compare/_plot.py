@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from funcmeta._errors import MissingExtraError
-from funcmeta.compare._files import written
+from funcmeta._files import written
 from funcmeta.compare._rows import LeafRow, Row
 from funcmeta.compare._table import bytes_text, leaf_label, time_text
 

@@ -46,10 +46,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """The lines with their columns aligned."""
-    texts = lines(rows)
+    return aligned(lines(rows))
+
+
+def aligned(texts: Sequence[Sequence[str]], *, left: int = 0) -> list[str]:
+    """Lines of columns as wide as their widest text; the column ``left`` is flush left, the others right."""
     widths = [max(len(text) for text in column) for column in zip(*texts, strict=True)]
     columns = [
-        [f"{text:{'>' if index else '<'}{width}}" for text in column]
+        [f"{text:{'<' if index == left else '>'}{width}}" for text in column]
         for index, (width, column) in enumerate(zip(widths, zip(*texts, strict=True), strict=True))
     ]
     return ["  ".join(line) for line in zip(*columns, strict=True)]
