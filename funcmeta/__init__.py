@@ -4,7 +4,7 @@ One inner step is ``state', info = step(meta, state, batch, seed)``. The library
 compares and checks the repetition of that function.
 """
 
-from funcmeta import algorithms, estimators, learned, memory, optim, tasks, testing
+from funcmeta import algorithms, estimators, evaluation, learned, memory, optim, tasks, testing
 from funcmeta._errors import (
     ArgumentError,
     CapturedTensorError,
@@ -24,7 +24,7 @@ from funcmeta._errors import (
     UnreachedLeafError,
 )
 from funcmeta._gradient import value_and_grad
-from funcmeta.algorithms import anil, maml, meta_sgd, reptile
+from funcmeta.algorithms import anil, l2l, maml, meta_sgd, reptile
 from funcmeta.compare import Comparison, compare
 from funcmeta.compiled import compile
 from funcmeta.estimators import (
@@ -38,6 +38,7 @@ from funcmeta.estimators import (
     Reverse,
     Truncated,
 )
+from funcmeta.evaluation import Course, EvaluationRow, OptimizerEvaluation, evaluate_optimizers
 from funcmeta.horizon import HorizonReport, HorizonRow, horizon_report
 from funcmeta.inspect import Finding, Readiness, inspect
 from funcmeta.learned import LearnedOptimizer, as_transform
@@ -84,8 +85,10 @@ __all__ = [
     "Carry",
     "Comparison",
     "CompileError",
+    "Course",
     "DataError",
     "DetachedError",
+    "EvaluationRow",
     "EvolutionStrategies",
     "FallbackWarning",
     "Finding",
@@ -105,6 +108,7 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteWarning",
     "Offload",
+    "OptimizerEvaluation",
     "Particles",
     "PersistentES",
     "Plan",
@@ -145,6 +149,8 @@ __all__ = [
     "compare",
     "compile",
     "estimators",
+    "evaluate_optimizers",
+    "evaluation",
     "finite_difference",
     "from_torch_optim_state",
     "from_torchopt",
@@ -153,6 +159,7 @@ __all__ = [
     "init_params",
     "inner_problem",
     "inspect",
+    "l2l",
     "learned",
     "lion",
     "maml",

@@ -198,3 +198,14 @@ class FallbackWarning(UserWarning):
 
     Source: this library.
     """
+
+
+class NonFiniteWarning(UserWarning):
+    """A loss became NaN or infinite, and what depended on it was skipped, as was asked for.
+
+    Examples:
+        >>> issubclass(NonFiniteWarning, UserWarning)
+        True
+
+    Source: this library.
+    """

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import funcmeta as fm
+from funcmeta._files import written
 from funcmeta._live_bytes import LiveBytes, peak_bytes
 from funcmeta.compare import Comparison, LeafRow, Row
 from funcmeta.compare._agreement import agreement
-from funcmeta.compare._files import written
 from funcmeta.compare._measure import median_seconds
 from funcmeta.compare._plot import draw_agreement, figure
 from funcmeta.compare._table import bytes_text, leaf_label, table, time_text

@@ -46,7 +46,7 @@ class Coordinatewise(LearnedOptimizer):
         ...     def decide(self, features, hidden, sizes):
         ...         return self.weight[None] @ features, hidden
         >>> params = {"w": torch.ones(2, 3), "b": torch.ones(3)}
-        >>> transform = as_transform(Cubic())
+        >>> transform = fm.as_transform(Cubic())
         >>> updates, state = transform.update(params, transform.init(params), params)
         >>> updates["b"].detach()
         tensor([-0.1100, -0.1100, -0.1100])

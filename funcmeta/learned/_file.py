@@ -1,17 +1,15 @@
 """Learned optimizers in files: weights as safetensors, the configuration as JSON beside them."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 
 from funcmeta._errors import ArgumentError, DataError
+from funcmeta._files import written
 from funcmeta.learned._gates import gates
 from funcmeta.learned._hierarchical import hierarchical
 from funcmeta.learned._hyperparameters import _Hyperparameters
@@ -68,16 +66,8 @@ def save(optimizer: LearnedOptimizer, path: str | Path) -> None:
             f"booleans and lists of them in it."
         ) from error
     tensors = {name: tensor.detach().contiguous() for name, tensor in optimizer.state_dict().items()}
-    path = Path(path)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, part, metadata={"funcmeta": VERSION, "kind": optimizer.kind, "config": config})
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    with written(path) as file:
+        file.write(safetensors.torch.save(tensors, {"funcmeta": VERSION, "kind": optimizer.kind, "config": config}))
 
 
 def load(path: str | Path, *, make: Callable[..., LearnedOptimizer] | None = None) -> LearnedOptimizer:

@@ -1,0 +1,236 @@
+"""Learning to learn by gradient descent by gradient descent: an optimizer trained through the training of others."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from funcmeta import rng, tree
+from funcmeta._check import check_choice, check_count
+from funcmeta._errors import ArgumentError, NonFiniteError, NonFiniteWarning
+from funcmeta._typing import Meta, Params
+from funcmeta.algorithms._algorithm import Adapt, MetaLoss
+from funcmeta.algorithms._scaffold import imitating, mismatch, rescaled
+from funcmeta.algorithms._start import carry_of, fresh_start
+from funcmeta.estimators import Estimator, FirstOrder, Truncated
+from funcmeta.learned import LearnedOptimizer, as_transform
+from funcmeta.memory import Memory, StoreAll
+from funcmeta.model import functionalize, init_params
+from funcmeta.optim import Transform
+from funcmeta.problem import InnerLoss, Predict, Problem, inner_problem
+from funcmeta.tasks import Task
+from funcmeta.unroll import Carry, unroll
+from funcmeta.unroll_batch import Strategy, unroll_batch
+
+Steps = int | tuple[int, int] | Callable[[int], int]
+"""A number of steps; its bounds, between which it is drawn; or a function of the seed, for a curriculum."""
+
+
+class Windows(Protocol):
+    """The meta-losses of one training of the optimizees, window after window."""
+
+    def __call__(self, meta: Meta, tasks: Task, *, seed: int = 0) -> Iterator[Tensor]:
+        """0-d losses, each attached to ``meta``, which may be changed between one and the next."""
+
+
+class L2L(NamedTuple):
+    """A learned optimizer in training, as an ``Algorithm`` with three fields more.
+
+    Attributes:
+        init: () → meta, ``{"optimizer": weights}``, fresh leaves that require grad.
+        loss: (meta, tasks, seed=0) → 0-d loss of a whole training, its graph cut between windows.
+        adapt: (meta, task, seed=0, evaluate=False) → predict, a fresh module trained by the learned optimizer.
+        windows: (meta, tasks, seed=0) → the losses of the windows of a training, one by one, for a step of the outer
+            optimizer after each.
+        imitation: (meta, tasks, seed=0) → 0-d loss, how far the updates are from the teacher's in one window.
+        problem: the training as a ``Problem``, for ``unroll``, ``check_meta_grad`` or ``horizon_report``.
+
+    Examples:
+        >>> L2L._fields
+        ('init', 'loss', 'adapt', 'windows', 'imitation', 'problem')
+
+    Source: this library.
+    """
+
+    init: Callable[[], Meta]
+    loss: MetaLoss
+    adapt: Adapt
+    windows: Windows
+    imitation: MetaLoss
+    problem: Problem
+
+
+def build(
+    optimizer: LearnedOptimizer,
+    module: nn.Module,
+    loss_fn: InnerLoss,
+    *,
+    steps: Steps,
+    window: int = 20,
+    start: Callable[[int], Params] | None = None,
+    learn_start: bool = False,
+    teacher: Transform | None = None,
+    scaling: float = 0.0,
+    nonfinite: Literal["raise", "skip"] = "raise",
+    estimator: Estimator = FirstOrder(),  # noqa: B008
+    memory: Memory = StoreAll(),  # noqa: B008
+    strategy: Strategy = "auto",
+    train: bool | None = True,
+) -> L2L:
+    """L2L: min over φ of Σ_k ℓ(θ_k), θ_{k+1} = θ_k + u_k, u_k, h_{k+1} = optimizer_φ(θ_k, ∇ℓ(θ_k), h_k).
+
+    A training of ``steps`` steps is cut in windows: state is carried from one to the next, gradients are not. The loss
+    of a window is the sum of the inner losses in it, plus the loss on the query at its end where tasks have a query.
+
+    Args:
+        optimizer: what is trained; its weights are where meta-training begins.
+        module: the optimizee.
+        loss_fn: (meta, predict, batch) → 0-d loss of the optimizee.
+        steps: of one training: a number; bounds (low, high), between which its logarithm is drawn evenly by the seed;
+            or a function seed → number, for a curriculum where seeds count outer iterations.
+        window: steps between two cuts of the graph.
+        start: seed → initial parameters of the optimizee; default: those that ``reset_parameters`` of its layers draw.
+        learn_start: learn the initial parameters too, as ``meta["params"]``, in place of ``start``.
+        teacher: whose updates ``imitation`` compares with.
+        scaling: s > 0 trains c ⊙ θ in place of θ, with log c drawn evenly from [−s, s] for every coordinate.
+        nonfinite: what ``windows`` does when an inner loss is NaN or infinite: "raise" ``NonFiniteError``, which names
+            the step, or "skip" the rest of that training with a ``NonFiniteWarning``.
+        estimator: of each window; ``FirstOrder()`` as in the paper, ``Reverse()`` for the exact meta-gradient.
+        memory: what an exact estimator keeps of a window.
+        strategy: how stacked tasks are run: "vmap", "loop" or "auto".
+        train: train mode (True), eval mode (False), or each submodule in its own mode (None).
+
+    Returns:
+        ``L2L``; its meta is ``{"optimizer": ...}``, with "params" where the start is learned.
+
+    Raises:
+        ArgumentError: steps, window or scaling out of range; a module without ``reset_parameters`` and no ``start``.
+
+    Examples:
+        >>> class Point(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.theta = nn.Parameter(torch.zeros(10))
+        >>> def loss(meta, predict, batch):
+        ...     W, y = batch
+        ...     return ((W @ predict.params["theta"] - y) ** 2).sum()
+        >>> def start(seed):
+        ...     return {"theta": torch.randn(10, generator=torch.Generator().manual_seed(seed))}
+        >>> algorithm = build(fm.learned.lstm(), Point(), loss, steps=100, start=start)
+        >>> meta = algorithm.init()
+        >>> outer = torch.optim.Adam(meta["optimizer"].values(), lr=1e-3)
+        >>> for value in algorithm.windows(meta, fm.tasks.quadratics().sample_batch(seed=0, tasks=8), seed=0):
+        ...     outer.zero_grad()
+        ...     value.backward()
+        ...     outer.step()
+
+    Source: Andrychowicz et al. (2016), "Learning to learn by gradient descent by gradient descent"; random scaling: Lv
+    et al. (2017), section 4.1; imitation and curriculum: Chen et al. (2020), "Training stronger baselines for
+    learning to optimize"; random horizons: Metz et al. (2019), section 3.3.
+    """
+    check_count("window", window, advice="Pass e.g. window=20.")
+    check_choice("nonfinite", nonfinite, ("raise", "skip"))
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 <= scaling < 20:
+        raise ArgumentError(f"scaling is {scaling!r}, expected a number in [0, 20). Pass e.g. scaling=3.0.")
+    length = _length(steps)
+    begin = start or fresh_start(module)
+    model, _, _ = functionalize(module)
+
+    def problem_of(
+        transform: Callable[[Meta], Transform], *, judged: bool, trajectory: bool = True, rescale: bool = True
+    ) -> Problem:
+        scaled = (lambda meta: rescaled(transform(meta), scaling)) if scaling and rescale else transform
+        made = inner_problem(module, loss_fn, optimizer=scaled, trajectory_loss=trajectory, train=train)
+        judge = inner_problem(module, loss_fn, optimizer=scaled, train=train).meta_loss if judged else None
+
+        def init(meta: Meta, task: Task, seed: int) -> object:
+            return made.init(meta if "params" in meta else {**meta, "params": begin(seed)}, task, seed)
+
+        return Problem(init, made.step, judge)
+
+    def learned(meta: Meta) -> Transform:
+        return as_transform(optimizer, meta["optimizer"])
+
+    judged, unjudged = problem_of(learned, judged=True), problem_of(learned, judged=False)
+    plain = problem_of(learned, judged=False, rescale=False)
+
+    def fresh(problem: Problem, meta: Meta, tasks: Task, seed: int) -> Carry | None:
+        return None if learn_start else carry_of(problem, meta, tasks, seed, begin)
+
+    def init() -> Meta:
+        return {"optimizer": init_params(optimizer), **({"params": init_params(module)} if learn_start else {})}
+
+    def loss(meta: Meta, tasks: Task, *, seed: int = 0) -> Tensor:
+        problem = unjudged if tasks.query is None else judged
+        return unroll_batch(
+            problem,
+            meta,
+            tasks,
+            steps=length(seed),
+            strategy=strategy,
+            estimator=Truncated(window, estimator),
+            memory=memory,
+            seed=seed,
+            carry=fresh(problem, meta, tasks, seed),
+        ).loss
+
+    def windows(meta: Meta, tasks: Task, *, seed: int = 0) -> Iterator[Tensor]:
+        problem = unjudged if tasks.query is None else judged
+        carry, last = fresh(problem, meta, tasks, seed), length(seed)
+        for begun in range(0, last, window):
+            try:
+                out = unroll_batch(
+                    problem,
+                    meta,
+                    tasks,
+                    steps=min(window, last - begun),
+                    strategy=strategy,
+                    estimator=estimator,
+                    memory=memory,
+                    seed=seed,
+                    carry=carry,
+                )
+            except NonFiniteError as error:
+                if nonfinite == "raise":
+                    raise
+                warnings.warn(f"The rest of the training of seed {seed} is skipped: {error}", NonFiniteWarning, 2)
+                return
+            carry = out.carry
+            yield out.loss
+
+    def imitation(meta: Meta, tasks: Task, *, seed: int = 0) -> Tensor:
+        if teacher is None:
+            raise ArgumentError("There is no teacher to imitate. Pass build(..., teacher=funcmeta.optim.adam(0.01)).")
+        taught = problem_of(lambda meta: imitating(learned(meta), teacher), judged=False, trajectory=False)
+        problem = taught._replace(meta_loss=lambda meta, state, query, seed: mismatch(state.opt_state))
+        carry = fresh(problem, meta, tasks, seed)
+        return unroll_batch(
+            problem, meta, tasks, steps=window, strategy=strategy, estimator=estimator, seed=seed, carry=carry
+        ).loss
+
+    def adapt(meta: Meta, task: Task, *, seed: int = 0, evaluate: bool = False) -> Predict:
+        with torch.no_grad():
+            state = unroll(plain, tree.detach(meta), task, steps=length(seed), seed=seed).state
+        return Predict(model, state.params, state.buffers, train=False if evaluate else train)
+
+    return L2L(init, loss, adapt, windows, imitation, unjudged)
+
+
+def _length(steps: Steps) -> Callable[[int], int]:
+    """seed → the number of steps of this seed's training."""
+    if isinstance(steps, tuple) and len(steps) == 2:
+        low, high = (check_count("steps", each, advice="Pass e.g. steps=(20, 200).") for each in steps)
+        if low > high:
+            raise ArgumentError(f"steps is {steps!r}, expected bounds (low, high). Exchange them.")
+        return lambda seed: _drawn(low, high, seed)
+    if callable(steps):
+        return lambda seed: int(check_count("steps(seed)", steps(seed), advice="Return a positive integer."))
+    fixed: int = check_count("steps", steps, advice="Pass e.g. steps=100, bounds, or a function of the seed.")
+    return lambda seed: fixed
+
+
+def _drawn(low: int, high: int, seed: int) -> int:
+    part = torch.rand((), generator=rng.generator(rng.fold(seed, 3)), dtype=torch.float64).item()
+    return min(high, round(low * (high / low) ** part))

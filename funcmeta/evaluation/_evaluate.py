@@ -1,0 +1,193 @@
+"""Run every optimizer on the same trainings; tune those that have a learning rate."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from funcmeta import rng
+from funcmeta._batching import count
+from funcmeta._check import check_count
+from funcmeta._errors import ArgumentError, NonFiniteError
+from funcmeta._typing import Params
+from funcmeta.algorithms._start import carry_of, fresh_start
+from funcmeta.evaluation._report import OptimizerEvaluation
+from funcmeta.evaluation._rows import EvaluationRow, quartiles
+from funcmeta.learned import LearnedOptimizer, as_transform
+from funcmeta.optim import Transform, adam, rmsprop, sgd
+from funcmeta.problem import InnerLoss, inner_problem
+from funcmeta.tasks import Sampler, Task
+from funcmeta.tasks._task import unstack
+from funcmeta.unroll import unroll
+from funcmeta.unroll_batch import unroll_batch
+
+Tunable = Callable[[float], Transform]
+
+BASELINES: Mapping[str, Tunable] = MappingProxyType(
+    {
+        "SGD": sgd,
+        "momentum": lambda lr: sgd(lr, momentum=0.9),
+        "RMSprop": rmsprop,
+        "Adam": adam,
+    }
+)
+"""What a learned optimizer has to beat: each a function of the learning rate, which is tuned."""
+
+RATES = tuple(10 ** (exponent / 3) for exponent in range(-15, 4))
+"""The learning rates that are tried: three in every power of ten, from 1e-5 to 10."""
+
+
+class Course(NamedTuple):
+    """A family of trainings: what is trained, on what, for how long.
+
+    Attributes:
+        module: the network that is trained.
+        loss_fn: (meta, predict, batch) → 0-d loss; meta is empty.
+        tasks: a sampler of tasks, whose support is a batch, or a function of the step.
+        steps: of each training.
+        start: seed → initial parameters; None: those that ``reset_parameters`` of the module's layers draw.
+
+    Examples:
+        >>> Course(nn.Linear(1, 1), lambda meta, predict, batch: predict(batch).mean(), fm.tasks.sinusoids()).steps
+        100
+
+    Source: this library.
+    """
+
+    module: nn.Module
+    loss_fn: InnerLoss
+    tasks: Sampler
+    steps: int = 100
+    start: Callable[[int], Params] | None = None
+
+
+def evaluate_optimizers(
+    optimizers: Mapping[str, LearnedOptimizer | Transform | Tunable],
+    courses: Mapping[str, Course],
+    *,
+    baselines: Mapping[str, Tunable] = BASELINES,
+    rates: Sequence[float] = RATES,
+    tasks: int = 64,
+    tuning_tasks: int = 32,
+    seed: int = 0,
+) -> OptimizerEvaluation:
+    """Train by every optimizer from the same starts on the same held-out tasks, and compare how far each gets.
+
+    Optimizers that are functions of a learning rate are tuned for each course by itself: the rate with the lowest
+    median loss at the end, over tasks of their own, is taken; one that diverges on a task is not. All others run as
+    they are. Courses with more steps, other widths or other activations than those of meta-training show how far a
+    learned optimizer generalizes.
+
+    Args:
+        optimizers: what is evaluated, by name: learned optimizers, transforms, or functions lr → ``Transform``.
+        courses: trainings, by name.
+        baselines: further functions lr → ``Transform``, by name; ``BASELINES`` are SGD, momentum .9, RMSprop and Adam.
+        rates: the learning rates that are tried.
+        tasks: held-out tasks a course.
+        tuning_tasks: tasks a course that the rates are tuned on.
+        seed: integer from which tasks and starts follow.
+
+    Returns:
+        ``OptimizerEvaluation``: a row for each course and optimizer, and the loss after every step.
+
+    Raises:
+        ArgumentError: no optimizer, no course, a name that stands twice, or a count or rate out of range; or every rate
+            of a baseline diverges.
+
+    Examples:
+        >>> def loss(meta, predict, batch):
+        ...     x, y = batch
+        ...     return ((predict(x) - y) ** 2).mean()
+        >>> course = Course(nn.Linear(1, 1), loss, fm.tasks.sinusoids(), steps=3)
+        >>> result = evaluate_optimizers(
+        ...     {"linear": fm.learned.linear()}, {"lines": course}, rates=(0.01, 0.1), tasks=2, tuning_tasks=2
+        ... )
+        >>> [row.optimizer for row in result.rows]
+        ['linear', 'SGD', 'momentum', 'RMSprop', 'Adam']
+
+    Source: this library; tuning each baseline as Andrychowicz et al. (2016), section 3.
+    """
+    entrants = {**optimizers, **baselines}
+    if not optimizers or not courses or len(entrants) != len(optimizers) + len(baselines):
+        raise ArgumentError(
+            f"optimizers are {sorted(optimizers)}, baselines {sorted(baselines)}, courses {sorted(courses)}, expected "
+            f"at least one optimizer and one course, and no name twice. Name them apart."
+        )
+    if not rates or not all(isinstance(rate, float) and 0 < rate < math.inf for rate in rates):
+        raise ArgumentError(f"rates are {list(rates)}, expected positive floats. Pass e.g. rates=(0.001, 0.01, 0.1).")
+    check_count("tasks", tasks)
+    check_count("tuning_tasks", tuning_tasks)
+    rows, curves = [], {}
+    for place, (name, course) in enumerate(courses.items()):
+        tuning = course.tasks.sample_batch(rng.fold(seed, place, 0), tuning_tasks)
+        held_out = course.tasks.sample_batch(rng.fold(seed, place, 1), tasks)
+        for entrant, optimizer in entrants.items():
+            rate = None
+            if isinstance(optimizer, LearnedOptimizer | Transform):
+                transform = optimizer if isinstance(optimizer, Transform) else as_transform(optimizer)
+            else:
+                rate = _best_rate(entrant, optimizer, rates, course, tuning, rng.fold(seed, place, 2))
+                transform = optimizer(rate)
+            losses = losses_of(transform, course, held_out, rng.fold(seed, place, 3))
+            curves[name, entrant] = losses
+            rows.append(_row(name, entrant, rate, losses))
+    return OptimizerEvaluation(tuple(rows), curves, seed)
+
+
+def losses_of(transform: Transform, course: Course, tasks: Task, seed: int) -> Tensor:
+    """The losses before each step and after the last, [steps + 1, tasks]; infinite from where a training diverges."""
+    problem = inner_problem(course.module, course.loss_fn, optimizer=transform, trajectory_loss=True)
+    start = course.start or fresh_start(course.module)
+    states = carry_of(problem, {}, tasks, seed, start)
+    steps = course.steps + 1
+    with torch.no_grad():
+        try:
+            return unroll_batch(problem, {}, tasks, steps=steps, carry=states, seed=seed).info.losses
+        except NonFiniteError:
+            columns = [
+                _diverging(problem, unstack(tasks, index), steps, rng.fold(seed, 0, index), start)
+                for index in range(count(states.state))
+            ]
+    return torch.stack(columns, 1)
+
+
+def _diverging(problem: Any, task: Task, steps: int, seed: int, start: Callable[[int], Params]) -> Tensor:
+    """The losses of one training, whose last ones may be infinite."""
+    carry, losses = carry_of(problem, {}, task, seed, start, stacked=False), []
+    for _ in range(steps):
+        try:
+            out = unroll(problem, {}, task, steps=1, carry=carry, seed=seed)
+        except NonFiniteError:
+            break
+        carry = out.carry
+        losses.append(out.info.losses)
+    found = torch.cat(losses) if losses else torch.empty(0)
+    return torch.cat([found, found.new_full((steps - len(found),), math.inf)])
+
+
+def _best_rate(name: str, optimizer: Tunable, rates: Sequence[float], course: Course, tasks: Task, seed: int) -> float:
+    ends = {rate: _end(optimizer(rate), course, tasks, seed) for rate in rates}
+    best = min(ends, key=lambda rate: ends[rate])
+    if not math.isfinite(ends[best]):
+        raise ArgumentError(f"'{name}' diverges at every rate of {list(rates)}. Pass smaller ones.")
+    return best
+
+
+def _end(transform: Transform, course: Course, tasks: Task, seed: int) -> float:
+    """The median loss at the end; infinite when a training diverges."""
+    problem = inner_problem(course.module, course.loss_fn, optimizer=transform, trajectory_loss=True)
+    states = carry_of(problem, {}, tasks, seed, course.start or fresh_start(course.module))
+    with torch.no_grad():
+        try:
+            out = unroll_batch(problem, {}, tasks, steps=course.steps + 1, carry=states, seed=seed)
+        except NonFiniteError:
+            return math.inf
+    return out.info.losses[-1].median().item()
+
+
+def _row(course: str, optimizer: str, rate: float | None, losses: Tensor) -> EvaluationRow:
+    low, median, high = (each.item() for each in quartiles(losses[-1]))
+    return EvaluationRow(course, optimizer, rate, median, low, high, int((~losses[-1].isfinite()).sum()))
