@@ -12,7 +12,7 @@ from funcmeta import rng, tree
 from funcmeta._batching import over_tasks, stack, take
 from funcmeta._check import check_count, check_positive
 from funcmeta._errors import ArgumentError, FuncmetaError, NonFiniteError
-from funcmeta._graph import check_declared, inside_functorch
+from funcmeta._graph import inside_functorch
 from funcmeta._typing import Meta
 from funcmeta._watch import watched
 from funcmeta.estimators._attach import attach
@@ -66,16 +66,14 @@ class Search:
         return Outcome(attach(plain.loss, gradients, moving), plain.path, Particles(states, sums))
 
     def _unperturbed(self, primal: Primal, fixed: Meta) -> Outcome:
-        """The run at ``meta`` itself; what still requires grad in it was captured."""
+        """The run at ``meta`` itself; what still requires grad in it was captured, which unroll refuses."""
         if any(leaf.requires_grad for leaf in tree.tensors(primal.init(fixed))):
             raise ArgumentError(
                 f"The initial state requires grad by itself, not through meta: {self.name} estimates the gradient by "
                 f"meta only. Pass an earlier unroll's out.carry, which is detached, or use Reverse()."
             )
         with watched(False):
-            loss, path, _ = Reverse()(primal, fixed, StoreAll())
-        check_declared(tree.tensors((path.state, loss)), [], primal)
-        return Outcome(loss, path)
+            return Reverse()(primal, fixed, StoreAll())
 
     def _noise(self, primal: Primal, learned: Sequence[Tensor]) -> list[Tensor]:
         """Normal noise of deviation σ for each pair; it follows from the seed and the first step of the window."""

@@ -80,7 +80,7 @@ class HorizonReport:
             (
                 str(row.horizon),
                 row.name,
-                f"{_digits(row.bias)} ± {row.bias_error:.1g}",
+                f"{_digits(row.bias)} ± {row.bias_error:.2g}",
                 _digits(row.variance),
                 f"{row.cosine:.4f}",
                 time_text(row.seconds),

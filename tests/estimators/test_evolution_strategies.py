@@ -212,6 +212,21 @@ def test_leaves_of_two_dtypes_and_constants_in_meta() -> None:
         torch.testing.assert_close(one, other, rtol=0.2, atol=0.2)
 
 
+def test_leaves_of_one_shape_are_perturbed_independently() -> None:
+    problem = fm.Problem(
+        lambda meta, task, seed: meta["x"] - 3 * meta["y"],
+        lambda meta, s, batch, seed: (s, fm.StepInfo(s)),
+        lambda meta, s, *_: s,
+    )
+    case = Linear(problem, {"x": leaf(0.1), "y": leaf(0.2)})
+
+    def draw(seed: int) -> Tensor:
+        return gradient(case, fm.EvolutionStrategies(SIGMA, 5), steps=1, seed=seed)
+
+    assert deviation(draw, torch.tensor([1.0, -3.0]).double()) < RIGHT
+    assert deviation(draw, torch.tensor([-2.0, -2.0]).double()) > WRONG
+
+
 def test_no_steps() -> None:
     case = linear()
     exact = gradient(case, fm.Reverse(), steps=0)
