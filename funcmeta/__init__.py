@@ -24,7 +24,7 @@ from funcmeta._errors import (
     UnreachedLeafError,
 )
 from funcmeta._gradient import value_and_grad
-from funcmeta.algorithms import anil, l2l, maml, meta_sgd, reptile
+from funcmeta.algorithms import anil, l2l, maml, meta_lstm, meta_sgd, reptile
 from funcmeta.compare import Comparison, compare
 from funcmeta.compiled import compile
 from funcmeta.estimators import (
@@ -165,6 +165,7 @@ __all__ = [
     "maml",
     "masked",
     "memory",
+    "meta_lstm",
     "meta_sgd",
     "mutants",
     "nadam",

@@ -13,7 +13,7 @@ from funcmeta.estimators import Estimator
 from funcmeta.memory import Memory
 from funcmeta.model import functionalize
 from funcmeta.optim import Transform
-from funcmeta.problem import InnerLoss, Predict, inner_problem
+from funcmeta.problem import InnerLoss, Predict, Problem, inner_problem
 from funcmeta.tasks import Task
 from funcmeta.unroll import unroll
 from funcmeta.unroll_batch import Strategy, unroll_batch
@@ -72,14 +72,31 @@ def inner_loop(
     adapted: Callable[[str], bool] | None = None,
 ) -> Algorithm:
     """The algorithm that trains ``module`` for some steps by ``optimizer`` and differentiates that by ``estimator``."""
+    problem = inner_problem(module, loss_fn, optimizer=optimizer, train=train, adapt=adapted)
+    return algorithm_of(
+        problem, module, init=init, steps=steps, estimator=estimator, memory=memory, strategy=strategy, train=train
+    )
+
+
+def algorithm_of(
+    problem: Problem,
+    module: nn.Module,
+    *,
+    init: Callable[[], Meta],
+    steps: int,
+    estimator: Estimator,
+    memory: Memory,
+    strategy: Strategy,
+    train: bool | None,
+) -> Algorithm:
+    """The algorithm that takes some steps of a problem, whose states hold ``params`` and ``buffers`` of ``module``."""
     check_count("steps", steps, advice="Pass e.g. steps=5.")
     model, _, _ = functionalize(module)
-    judged = inner_problem(module, loss_fn, optimizer=optimizer, train=train, adapt=adapted)
-    unjudged = inner_problem(module, loss_fn, optimizer=optimizer, train=train, adapt=adapted, trajectory_loss=True)
+    unjudged = problem._replace(meta_loss=lambda meta, state, query, seed: torch.zeros(()))
 
     def loss(meta: Meta, tasks: Task, *, seed: int = 0) -> Tensor:
         out = unroll_batch(
-            judged, meta, tasks, steps=steps, strategy=strategy, estimator=estimator, memory=memory, seed=seed
+            problem, meta, tasks, steps=steps, strategy=strategy, estimator=estimator, memory=memory, seed=seed
         )
         return out.loss
 
