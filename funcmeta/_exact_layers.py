@@ -201,7 +201,35 @@ def _differentiable_attention(attention: Callable[..., Any]) -> Callable[..., An
     return run
 
 
+def _in_logical_order(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function with draws that fall on the same entries however the tensor lies, which ``vmap`` may change."""
+
+    def drawn(input: Tensor, *args: Any, **options: Any) -> Tensor:
+        return draw(input.contiguous(), *args, **options)
+
+    return drawn
+
+
+def _dropped(dropout: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same for dropout, which may have to write to its input."""
+
+    def dropped(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if input.is_contiguous():
+            return dropout(input, p, training, inplace)
+        out = dropout(input.contiguous(), p, training)
+        return input.copy_(out) if inplace else out
+
+    return dropped
+
+
+_DRAWS = (
+    *(F.gumbel_softmax, torch.bernoulli, Tensor.bernoulli),
+    *(torch.rand_like, torch.randn_like, torch.randint_like),
+)
+
 _EXACT: dict[Any, Callable[..., Any]] = {
+    **{draw: _in_logical_order(draw) for draw in _DRAWS},
+    **{dropout: _dropped(dropout) for dropout in (F.dropout, F.alpha_dropout)},
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,

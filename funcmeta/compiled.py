@@ -167,9 +167,19 @@ class _Variant:
         self._autocast = Autocast(tensors)
         self.lowered = Lowered(self._flat, tensors, seed, vary, options, where)
         self._derivatives: dict[tuple[bool, ...], Derivative] = {}
+        self._failure = ""
 
     def __call__(self, tensors: list[Tensor], seed: int) -> Tree:
-        """The results as a tree, attached where grad mode wants it."""
+        """The results as a tree, attached where grad mode wants it; what failed to compile is not tried again."""
+        if self._failure:
+            raise CompileError(self._failure)
+        try:
+            return self._run(tensors, seed)
+        except CompileError as error:
+            self._failure = str(error)
+            raise
+
+    def _run(self, tensors: list[Tensor], seed: int) -> Tree:
         current = steering()
         if current is not None:
             current.taken += self._taken

@@ -8,7 +8,7 @@ import torch
 
 from funcmeta import rng, tree
 from funcmeta._batching import count, stack, take
-from funcmeta._errors import ArgumentError, FuncmetaError, StructureError
+from funcmeta._errors import ArgumentError, FuncmetaError, GraphError, StructureError
 from funcmeta._guard import check_arguments
 from funcmeta._typing import Meta
 from funcmeta.estimators import Estimator, Reverse
@@ -88,11 +88,17 @@ def unroll_batch(
         strategy = "vmap"
     if strategy == "auto":
         strategy = _faster(problem, meta, tasks, first, number, estimator, steps, seed)
-    if strategy == "vmap":
-        return run(
-            problem, meta, tasks, steps=steps, estimator=estimator, memory=memory, seed=seed, carry=carry, tasks=number
-        )
-    return _loop(problem, meta, tasks, number, steps, estimator, memory, seed, carry)
+    if strategy == "loop":
+        return _loop(problem, meta, tasks, number, steps, estimator, memory, seed, carry)
+    options = {"steps": steps, "estimator": estimator, "memory": memory, "seed": seed, "carry": carry}
+    try:
+        return run(problem, meta, tasks, **options, tasks=number)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if isinstance(error, FuncmetaError) or not str(error).startswith("vmap"):
+            raise
+        raise GraphError(
+            f"The tasks can not run as one batch: {str(error).splitlines()[0]} Pass strategy='loop'."
+        ) from error
 
 
 def _loop(

@@ -490,3 +490,23 @@ def test_a_leaf_that_only_the_reported_loss_depends_on_is_unreached() -> None:
     for each in (problem, aten(problem)):
         with pytest.raises(fm.UnreachedLeafError, match="weights"):
             fm.unroll(each, meta, TASK, steps=2, estimator=fm.FirstOrder())
+
+
+def test_what_failed_once_fails_for_the_same_reason_again() -> None:
+    calls: list[int] = []
+
+    def step(meta: Any, state: Tensor, batch: Any, seed: int) -> Any:
+        calls.append(1)
+        loss, slope = fm.value_and_grad(lambda a: (a * batch).sin())(state)
+        return state - meta * slope * len(calls), fm.StepInfo(loss)
+
+    problem = fm.compile(
+        fm.Problem(lambda meta, task, seed: torch.ones(()), step, lambda meta, a, x, seed: a * x), backend="aten"
+    )
+    one = torch.tensor(1.0)
+    with pytest.raises(fm.CompileError) as first:
+        problem.step(one, one, one, 0)
+    with pytest.raises(fm.CompileError) as second:
+        problem.step(one, one, one, 0)
+    assert "depends on more than its arguments" in str(first.value)
+    assert "depends on more than its arguments" in str(second.value)

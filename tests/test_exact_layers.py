@@ -391,3 +391,49 @@ def test_half_precision_has_room_for_the_sums(dtype: torch.dtype) -> None:
         got = F.layer_norm(x.to(dtype), (4096,))
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), F.layer_norm(x, (4096,)), rtol=0.0, atol=0.05)
+
+
+# ---- draws
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda x: F.dropout(x, 0.5),
+    "dropout in place": lambda x: F.dropout(x * 1.0, 0.5, True, True),
+    "alpha dropout": lambda x: F.alpha_dropout(x, 0.5, True),
+    "gumbel": lambda x: F.gumbel_softmax(x, 0.5, False, 1e-10, 0),
+    "rand_like": lambda x: x * torch.rand_like(x),
+    "randn_like": lambda x: x * torch.randn_like(x),
+    "bernoulli": lambda x: x * torch.bernoulli(torch.full_like(x.detach(), 0.5)),
+    "method": lambda x: x * torch.full_like(x.detach(), 0.5).bernoulli(),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_draws_do_not_depend_on_how_a_tensor_lies(draw: str) -> None:
+    net = nn.Linear(6, 6).double()
+    problem = fm.inner_problem(
+        net,
+        lambda meta, predict, batch: DRAWS[draw](predict(batch).transpose(0, 1)).square().mean(),
+        optimizer=lambda meta: fm.optim.sgd(meta),
+    )
+    x = torch.randn(6, 6, dtype=torch.float64)
+    rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    ways = {
+        "reverse": (problem, fm.Reverse()),
+        "forward": (problem, fm.ForwardMode()),
+        "mixed": (problem, fm.MixedMode()),
+    }
+    if draw not in ("bernoulli", "method"):  # compile refuses these: torch records them as other draws
+        ways["compiled"] = (fm.compile(problem, backend="aten"), fm.Reverse())
+    losses = {
+        name: fm.unroll(made, rate, fm.Task(x, x), steps=2, estimator=estimator, seed=3).loss.item()
+        for name, (made, estimator) in ways.items()
+    }
+    assert max(losses.values()) - min(losses.values()) < 1e-12
+
+
+def test_dropout_in_place_writes_to_a_tensor_that_is_not_contiguous() -> None:
+    x = torch.ones(4, 6).transpose(0, 1)
+    with ExactLayers():
+        out = F.dropout(x, 0.5, True, True)
+    assert out is x
+    assert set(x.unique().tolist()) == {0.0, 2.0}

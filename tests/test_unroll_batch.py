@@ -360,3 +360,15 @@ def test_auto_takes_no_step_that_is_not_asked_for() -> None:
     problem, meta, tasks = setting()
     once = fm.Task(lambda index: [tasks.support][index], tasks.query)
     assert fm.unroll_batch(problem, meta, once, steps=1).info.strategy in ("vmap", "loop")
+
+
+def test_what_vmap_can_not_run_is_named() -> None:
+    problem = fm.inner_problem(
+        nn.Linear(2, 1),
+        lambda meta, predict, batch: predict(batch).square().mean() * (1.0 if batch.sum().item() > 0 else 2.0),
+        optimizer=lambda meta: fm.optim.sgd(meta),
+    )
+    x, rate = torch.ones(3, 4, 2), torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(fm.GraphError, match=r"can not run as one batch: vmap: .* Pass strategy='loop'"):
+        fm.unroll_batch(problem, rate, fm.Task(x, x), steps=1, strategy="vmap")
+    fm.unroll_batch(problem, rate, fm.Task(x, x), steps=1, strategy="loop").loss.backward()
