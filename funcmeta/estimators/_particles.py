@@ -120,8 +120,8 @@ class Search:
             good = loss.isfinite().flatten(1).all(1) if loss.dim() > 1 else loss.isfinite()
             if not good.all():
                 raise NonFiniteError(
-                    f"The {what} is NaN or infinite for {int((~good).sum())} of {len(good)} particles of {self.name}, "
-                    f"not without perturbation. Lower sigma, or make the inner training stable around meta."
+                    f"The {what} is NaN or infinite for {int((~good).sum())} of {len(good)} particles of {self.name}. "
+                    f"Lower sigma, or make the inner training stable around meta."
                 )
 
 
