@@ -218,6 +218,31 @@ def test_two_windows_with_an_attached_carry_are_one(learn_static: bool) -> None:
         torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-13)
 
 
+def test_several_streams_at_once_are_each_by_itself() -> None:
+    problem, meta, _ = problem_of()
+    words = torch.randint(WORDS, (3, 2, SEGMENT + 1), generator=fm.rng.generator(1))
+    tasks = fm.Task(lambda step: (words[step][:, :-1], words[step][:, 1:]), None)
+    leaves = fm.tree.leaves(meta)
+    one, other = (
+        torch.autograd.grad(fm.unroll_batch(problem, meta, tasks, steps=3, strategy=strategy).loss, leaves)
+        for strategy in ("vmap", "loop")
+    )
+    for pair in zip(one, other, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same() -> None:
+    problem, meta, task = problem_of()
+    leaves = fm.tree.leaves(meta)
+    one, other = (
+        torch.autograd.grad(fm.unroll(each, meta, task, steps=3).loss, leaves)
+        for each in (problem, fm.compile(problem))
+    )
+    for pair in zip(one, other, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-13)
+
+
 def test_windows_go_through_the_stream_to_its_end() -> None:
     algorithm, task = build(make_gates(copy=1, flush=0), window=4, estimator=fm.Reverse()), stream(6)
     meta = algorithm.init()

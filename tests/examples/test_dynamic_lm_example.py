@@ -1,0 +1,63 @@
+"""The example of the language model with three memories runs, and what it claims comes out."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import funcmeta as fm
+from funcmeta.tasks import Article
+
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def script(example: Load) -> ModuleType:
+    return example("dynamic_lm.py")
+
+
+def run(script: ModuleType, out: Path, **options: Any) -> dict[str, Any]:
+    script.main(out=out, **options)
+    assert (out / "picture.png").stat().st_size > 30_000
+    figures: dict[str, Any] = json.loads((out / "figures.json").read_text())
+    return figures
+
+
+def test_a_tiny_run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny = script.Sizes(vocabulary=200, width=8, longest=120, epochs=2, passes=1, window=5, opening=20)
+    monkeypatch.setattr(script, "QUICK", tiny)
+    monkeypatch.setattr(script, "RATES", (0.5,))
+    figures = run(script, tmp_path, quick=True)
+    assert len(figures["rows"]) == 5
+    assert figures["rows"]["static"]["growth"] == [0, 0, 0]
+    assert figures["rows"]["gates"]["loss"] < figures["rows"]["static"]["loss"]
+    parts = figures["articles"]
+    assert len({title for titles in parts.values() for title in titles}) == sum(len(each) for each in parts.values())
+
+
+def test_the_figures_are_those_of_their_definitions(script: ModuleType) -> None:
+    static = [torch.full((9,), 5.0), torch.full((6,), 5.0)]
+    dynamic = [torch.tensor([5.0, 5, 5, 9, 9, 9, 3, 3, 3]), torch.tensor([4.0, 4, 0, 0, 2, 2])]
+    assert script.growth(static, dynamic).tolist() == [2, 2]
+    assert script.opening(static, dynamic, 3).tolist() == pytest.approx([5 - 8 / 3])
+    mean, low, high = script.interval(torch.tensor([0.0, 1.0] * 50))
+    assert mean == 0.5
+    assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.01)
+    assert high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.01)
+
+
+def test_reading_gives_each_article_its_words(script: ModuleType) -> None:
+    articles = [Article(str(size), ("a", "b") * size) for size in (3, 20, 11)]
+    corpus = fm.tasks.corpus(articles, articles, articles)
+    net = script.dynamic_lm.LanguageModel(len(corpus.vocabulary), 3)
+    losses = script.read(script.constant(net, copy=1, update=0.1, flush=0), corpus, articles, 7)
+    assert [len(each) for each in losses] == [2 * size - 1 for size in (3, 20, 11)]
+
+
+def test_wikitext_needs_a_path(script: ModuleType) -> None:
+    with pytest.raises(script.typer.BadParameter, match=r"wikitext needs --path, a folder with valid.txt"):
+        script.main(data="wikitext")
