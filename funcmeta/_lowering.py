@@ -138,7 +138,7 @@ class Lowered:
                 return compile_fx_inner(graph, inputs)
         except Exception as error:
             raise CompileError(
-                f"inductor could not compile what was recorded: {_first_line(error).rstrip(".")}. It needs a C++ compiler on a CPU "
+                f"inductor could not compile what was recorded: {_first_line(error)} It needs a C++ compiler on a CPU "
                 f"and Triton on a GPU. Install it, or pass backend='aten'."
             ) from error
 
@@ -373,4 +373,5 @@ class explained:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says, as a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + "."

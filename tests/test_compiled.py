@@ -437,7 +437,9 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_lowering, "compile_fx_inner", broken)
     problem, meta = usual()
-    with pytest.raises(fm.CompileError, match=r"No working C\+\+ compiler found .* Install it, or pass backend='aten'"):
+    with pytest.raises(
+        fm.CompileError, match=r"No working C\+\+ compiler found\. It needs .* Install it, or pass backend='aten'"
+    ):
         meta_gradient(fm.compile(problem), meta)
 
 
@@ -493,20 +495,14 @@ def test_a_leaf_that_only_the_reported_loss_depends_on_is_unreached() -> None:
 
 
 def test_what_failed_once_fails_for_the_same_reason_again() -> None:
-    calls: list[int] = []
-
     def step(meta: Any, state: Tensor, batch: Any, seed: int) -> Any:
-        calls.append(1)
-        loss, slope = fm.value_and_grad(lambda a: (a * batch).sin())(state)
-        return state - meta * slope * len(calls), fm.StepInfo(loss)
+        loss, slope = fm.value_and_grad(lambda a: (a * batch * torch.bernoulli(0 * batch + 0.5)).sin().sum())(state)
+        return state - meta * slope, fm.StepInfo(loss)
 
     problem = fm.compile(
-        fm.Problem(lambda meta, task, seed: torch.ones(()), step, lambda meta, a, x, seed: a * x), backend="aten"
+        fm.Problem(lambda meta, task, seed: torch.ones(9), step, lambda meta, a, x, seed: a * x), backend="aten"
     )
-    one = torch.tensor(1.0)
-    with pytest.raises(fm.CompileError) as first:
-        problem.step(one, one, one, 0)
-    with pytest.raises(fm.CompileError) as second:
-        problem.step(one, one, one, 0)
-    assert "depends on more than its arguments" in str(first.value)
-    assert "depends on more than its arguments" in str(second.value)
+    arguments = torch.tensor(1.0), torch.ones(9), torch.ones(9), 0
+    for _ in range(2):
+        with pytest.raises(fm.CompileError, match="depends on more than its arguments"):
+            problem.step(*arguments)
