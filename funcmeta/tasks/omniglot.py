@@ -1,6 +1,6 @@
 """Few-shot classification of handwritten characters: Omniglot, from its published archives."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from os import PathLike
@@ -18,17 +18,22 @@ from funcmeta.tasks._task import Task
 SIDE = 105
 """Pixels a side of a published image."""
 
-SPLITS = {
-    "train": (),
-    "validation": ("Early_Aramaic", "Hebrew", "Malay_(Jawi_-_Arabic)", "Syriac_(Estrangelo)"),
-    "test": (
-        *("Angelic", "Atemayar_Qelisayer", "Atlantean", "Aurek-Besh", "Avesta", "Ge_ez", "Glagolitic", "Gurmukhi"),
-        *("Kannada", "Keble", "Malayalam", "Manipuri", "Mongolian", "Old_Church_Slavonic_(Cyrillic)", "Oriya"),
-        *("Sylheti", "Syriac_(Serto)", "Tengwar", "Tibetan", "ULOG"),
-        *("Japanese_(hiragana)", "Japanese_(katakana)", "Tagalog"),
-    ),
+EVALUATION = (
+    *("Angelic", "Atemayar_Qelisayer", "Atlantean", "Aurek-Besh", "Avesta", "Ge_ez", "Glagolitic", "Gurmukhi"),
+    *("Kannada", "Keble", "Malayalam", "Manipuri", "Mongolian", "Old_Church_Slavonic_(Cyrillic)", "Oriya"),
+    *("Sylheti", "Syriac_(Serto)", "Tengwar", "Tibetan", "ULOG"),
+)
+VALIDATION = ("Early_Aramaic", "Hebrew", "Malay_(Jawi_-_Arabic)", "Syriac_(Estrangelo)")
+TEST = (*EVALUATION, "Japanese_(hiragana)", "Japanese_(katakana)", "Tagalog")
+
+SPLITS: dict[str, Callable[[str], bool]] = {
+    "train": lambda alphabet: alphabet not in (*VALIDATION, *TEST),
+    "validation": lambda alphabet: alphabet in VALIDATION,
+    "test": lambda alphabet: alphabet in TEST,
+    "background": lambda alphabet: alphabet not in EVALUATION,
+    "evaluation": lambda alphabet: alphabet in EVALUATION,
 }
-"""The alphabets of each split; one that is in none is for training."""
+"""Which alphabets each split holds: ours in three parts, and the published one in two."""
 
 _TURNS = ("", " turned by 90", " turned by 180", " turned by 270")
 _ADVICE = "Download the archives from https://github.com/brendenlake/omniglot (folder python) and pass their folder."
@@ -53,14 +58,16 @@ def omniglot(
     once. An alphabet is in the same split whatever else is there. Test: the 20 alphabets of ``images_evaluation``, both
     Japanese ones and Tagalog. Validation: Early Aramaic, Hebrew, Jawi and Estrangelo. Train: all others. So the 242
     characters of the two small archives are 156 to train with (Balinese, Greek, Korean, Latin, Sanskrit), 22 for
-    validation (Early Aramaic) and 64 to test with (Katakana, Tagalog).
+    validation (Early Aramaic) and 64 to test with (Katakana, Tagalog). The published split, which the runs of
+    `omniglot_runs` keep to, is another: "evaluation" is the 20 alphabets of ``images_evaluation``, "background" all
+    others. With a small archive as ``path``, "background" is the published minimal split.
 
     Args:
         path: a folder with the archives, or one archive, or an unpacked folder.
         ways: classes a task.
         shots: support examples a class; no drawing is both in support and query.
         queries: query examples a class; 0 for tasks without a query.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``; or, as published, ``"background"`` or ``"evaluation"``.
         size: pixels a side, by averaging over areas of the published 105 x 105.
         rotations: whether each character turned by 90, 180 and 270 degrees is a class of its own.
         dtype: floating-point dtype of the images.
@@ -87,8 +94,7 @@ def omniglot(
     check_floating(dtype)
     pattern = r"([^/]+)/(character\d+)/(\d+_\d+\.png)"
     files = read_matching(path, pattern, archives="images_*.zip", advice=_ADVICE)
-    elsewhere = {name for other, alphabets in SPLITS.items() if other != split for name in alphabets}
-    wanted = [name for name in files if (name[0] in SPLITS[split] if split != "train" else name[0] not in elsewhere)]
+    wanted = [name for name in files if SPLITS[split](name[0])]
     names: list[ClassName] = []
     pictures: list[Tensor] = []
     for (alphabet, character), drawings in groupby(wanted, key=lambda name: name[:2]):

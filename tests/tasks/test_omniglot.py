@@ -135,9 +135,17 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("split", "alphabets"),
-    [("train", {"Greek", "Latin"}), ("validation", {"Hebrew"}), ("test", {"Tagalog", "Angelic"})],
+    [
+        ("train", {"Greek", "Latin"}),
+        ("validation", {"Hebrew"}),
+        ("test", {"Tagalog", "Angelic"}),
+        ("background", {"Greek", "Latin", "Hebrew", "Tagalog"}),
+        ("evaluation", {"Angelic"}),
+    ],
 )
-def test_an_alphabet_has_one_split(split: str, alphabets: set[str], tmp_path: Path) -> None:
+def test_an_alphabet_has_one_split_of_ours_and_one_of_the_published(
+    split: str, alphabets: set[str], tmp_path: Path
+) -> None:
     path = write_zip(tmp_path / "images_background.zip", background(SMALL))
     sampler = tasks.omniglot(path, ways=1, queries=1, split=split)
     assert {alphabet for alphabet, _ in sampler.classes} == alphabets
@@ -372,7 +380,11 @@ def test_the_published_small_archives() -> None:
 
 @published
 @pytest.mark.parametrize(
-    ("archive", "characters"), [("small1", {"train": 114, "validation": 22}), ("small2", {"train": 92, "test": 64})]
+    ("archive", "characters"),
+    [
+        ("small1", {"train": 114, "validation": 22, "background": 136}),
+        ("small2", {"train": 92, "test": 64, "background": 156}),
+    ],
 )
 def test_a_published_archive_by_itself(archive: str, characters: dict[str, int]) -> None:
     path = SHARED / f"images_background_{archive}.zip"
