@@ -11,7 +11,7 @@ from funcmeta._batching import count, stack, take
 from funcmeta._errors import ArgumentError, FuncmetaError, GraphError, StructureError
 from funcmeta._guard import check_arguments
 from funcmeta._typing import Meta
-from funcmeta.estimators import Estimator, Reverse
+from funcmeta.estimators import Estimator, Particles, Reverse
 from funcmeta.memory import Budget, Memory, StoreAll
 from funcmeta.problem import Problem
 from funcmeta.tasks import Task
@@ -86,6 +86,8 @@ def unroll_batch(
         )
     if strategy == "auto" and not steps:
         strategy = "vmap"
+    if strategy == "auto" and carry is not None and carry.particles is not None:
+        strategy = _made_by(carry.particles, meta)
     if strategy == "auto":
         strategy = _faster(problem, meta, tasks, first, number, estimator, steps, seed)
     if strategy == "loop":
@@ -141,6 +143,12 @@ def _loop(
 def _stacked(carry: Carry) -> dict[str, Any]:
     """What of a carry has a task dimension when there are several tasks."""
     return {"state": carry.state, "particles": carry.particles}
+
+
+def _made_by(particles: Particles, meta: Meta) -> Strategy:
+    """The strategy whose particles these are: each task has its own in a loop, and under vmap all have the same."""
+    learned = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
+    return "loop" if learned and particles.sums[0].dim() == learned[0].dim() + 2 else "vmap"
 
 
 class _Cost(NamedTuple):

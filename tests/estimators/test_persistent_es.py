@@ -143,6 +143,15 @@ def test_stacked_tasks_carry_on(strategy: Any) -> None:
     assert sums.shape == ((2,) if strategy == "vmap" else (2, 2))
 
 
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_particles_stay_with_the_strategy_that_made_them(strategy: Any) -> None:
+    setting = of_module(mlp(), trajectory_loss=True)
+    options: Any = {"estimator": fm.PersistentES(0.1, 2, 2), "steps": 2}
+    first = fm.unroll_batch(*setting, strategy=strategy, **options)
+    out = fm.unroll_batch(*setting, strategy="auto", carry=first.carry, **options)
+    assert out.info.strategy == strategy
+
+
 def test_stacked_tasks_are_the_mean_of_single_ones_in_a_loop() -> None:
     setting = of_module(mlp(), trajectory_loss=True)
     options: Any = {"steps": 4, "estimator": fm.PersistentES(0.1, 2, 2)}
