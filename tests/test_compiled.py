@@ -502,7 +502,8 @@ def test_what_failed_once_fails_for_the_same_reason_again() -> None:
     problem = fm.compile(
         fm.Problem(lambda meta, task, seed: torch.ones(9), step, lambda meta, a, x, seed: a * x), backend="aten"
     )
-    arguments = torch.tensor(1.0), torch.ones(9), torch.ones(9), 0
+    ones = torch.ones(9, dtype=torch.float64)
+    arguments = torch.tensor(1.0), ones, ones, 0
     for _ in range(2):
         with pytest.raises(fm.CompileError, match="depends on more than its arguments"):
             problem.step(*arguments)
