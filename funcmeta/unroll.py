@@ -163,7 +163,7 @@ def run(
 ) -> Unrolled:
     """``unroll`` for one task (``tasks`` None), or for that many stacked ones under vmap.
 
-    A ``trial`` does not ask whether every leaf of ``meta`` is used.
+    A ``trial`` does not ask whether ``meta`` and every leaf of it are used.
     """
     check_arguments(meta, task, steps, seed, estimator, memory)
     check_carry(carry)
@@ -188,7 +188,7 @@ def run(
             )
         losses = torch.stack(path.losses) if path.losses else loss.new_zeros((0,) if tasks is None else (0, tasks))
         check_finite(loss, losses, start)
-        if torch.is_grad_enabled() and not inside_functorch():
+        if torch.is_grad_enabled() and not inside_functorch() and (loss.requires_grad or not trial):
             reached = check_attached(loss, (own_meta, own_carry), problem, estimator)
             if carry is None and steps > 0 and not trial:
                 check_every_leaf_used(reached, own_meta, estimator)

@@ -1,5 +1,6 @@
 """What was measured of one optimizer on one course."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,6 +36,6 @@ class EvaluationRow(NamedTuple):
 
 def quartiles(losses: Tensor) -> list[Tensor]:
     """The lower quartile, the median and the upper quartile over tasks, each one of the losses, [steps + 1]."""
-    ordered = losses.double().nan_to_num(nan=float("inf")).sort(dim=-1).values
+    ordered = losses.double().nan_to_num(nan=math.inf, posinf=math.inf).sort(dim=-1).values
     last = losses.shape[-1] - 1
     return [ordered[..., round(part * last)] for part in (0.25, 0.5, 0.75)]

@@ -9,6 +9,7 @@ from funcmeta.learned._linear import linear
 from funcmeta.learned._lstm import lstm
 from funcmeta.learned._mlp import mlp
 from funcmeta.learned._optimizer import LearnedOptimizer, as_transform
+from funcmeta.learned._pretrained import pretrained
 from funcmeta.learned._rnnprop import rnnprop
 from funcmeta.learned._torch_optim import TorchOptimizer
 
@@ -24,6 +25,7 @@ __all__ = [
     "load",
     "lstm",
     "mlp",
+    "pretrained",
     "rnnprop",
     "save",
 ]

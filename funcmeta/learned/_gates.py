@@ -6,8 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from funcmeta import tree
 from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError
+from funcmeta._typing import Tree
 from funcmeta.learned._coordinatewise import Dense
 from funcmeta.learned._optimizer import LearnedOptimizer
 
@@ -50,8 +52,9 @@ def gates(*, copy: float = 0.999, update: float = 0.1, flush: float = 0.001, hid
 
 
 class Gates(LearnedOptimizer):
-    """The module behind ``gates``; its state is the static weight."""
+    """The module behind ``gates``; its state are the static weights."""
 
+    whole: ClassVar[bool] = True
     features: ClassVar[int] = 4
 
     def __init__(self, *, copy: float, update: float, flush: float, hidden: int) -> None:
@@ -73,21 +76,24 @@ class Gates(LearnedOptimizer):
             self.enter = Dense(self.features, hidden)
             self.weight = nn.Parameter(torch.zeros(len(logits), hidden))
 
-    def init_state(self, param: Tensor) -> Tensor:
+    def init_state(self, param: Tree) -> Tree:
         """The weights to come back to."""
         return param
 
-    def forward(self, param: Tensor, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The change of one tensor."""
-        opened = self._opened(param, grad, state)
+    def forward(self, param: Tree, grad: Tree, state: Tree) -> tuple[Tree, Tree]:
+        """The changes, tensor by tensor."""
+        return tree.map(self._change, param, grad, state), state
+
+    def _change(self, param: Tensor, grad: Tensor, static: Tensor) -> Tensor:
+        opened = self._opened(param, grad, static)
         change = torch.zeros_like(param)
         if "update" in opened:
             change = change - torch.sigmoid(opened["update"]) * grad
         if "copy" in opened:
             change = change - torch.sigmoid(-opened["copy"]) * param
         if "flush" in opened:
-            change = change + torch.sigmoid(opened["flush"]) * state
-        return change, state
+            change = change + torch.sigmoid(opened["flush"]) * static
+        return change
 
     def _opened(self, param: Tensor, grad: Tensor, static: Tensor) -> dict[str, Tensor]:
         """The logit of each gate that is not fixed, for each coordinate."""

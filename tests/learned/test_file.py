@@ -147,3 +147,37 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pyte
     monkeypatch.undo()
     assert learned.load(path).config["gradient"] == -0.5
     assert [each.name for each in tmp_path.iterdir()] == ["o"]
+
+
+def test_the_optimizer_that_comes_with_the_library() -> None:
+    optimizer = learned.pretrained()
+    assert optimizer.kind == "lstm"
+    assert sum(weight.numel() for weight in optimizer.parameters()) == 5141
+    with pytest.raises(fm.ArgumentError, match="name is 'adam', expected one of"):
+        learned.pretrained("adam")
+
+
+def test_it_beats_the_best_adam_on_quadratics_it_has_not_seen() -> None:
+    class Point(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.theta = nn.Parameter(torch.zeros(10))
+
+    def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+        W, y = batch
+        return (W @ predict.params["theta"] - y).square().sum()
+
+    def start(seed: int) -> dict[str, Tensor]:
+        return {"theta": torch.randn(10, generator=torch.Generator().manual_seed(seed))}
+
+    course = fm.Course(Point(), loss, fm.tasks.quadratics(10), 100, start)
+    ours, adam = fm.evaluate_optimizers(
+        {"LSTM": learned.pretrained()},
+        {"held out": course},
+        baselines={"Adam": fm.optim.adam},
+        rates=(0.1, 0.215, 0.464, 1.0, 2.15, 4.64),
+        tasks=64,
+        seed=77,
+    ).rows
+    assert ours.median < 0.5 * adam.median
+    assert ours.high < adam.high
