@@ -42,11 +42,16 @@ class Sizes(NamedTuple):
     epochs: int = 14
     passes: int = 3
     segment: int = 20
-    window: int = 20
+    window: int = 40
     opening: int = 50
 
 
-QUICK = Sizes(vocabulary=2000, width=48, longest=400, epochs=6, passes=1)
+FULL = {
+    "pydoc": Sizes(),
+    "wikipedia": Sizes(longest=1000, epochs=8),
+    "wikitext": Sizes(longest=1000, epochs=8, passes=2),
+}
+QUICK = Sizes(vocabulary=2000, width=48, longest=400, epochs=6, passes=1, window=10)
 
 
 def load(data: str, path: Path | None, sizes: Sizes, seed: int) -> Corpus:
@@ -100,16 +105,18 @@ def learn_gates(
     with fm.rng.forked(seed):
         algorithm = dynamic_lm.build(net, fm.learned.gates(**start), window=sizes.window)
     meta, order = algorithm.init(), random.Random(seed)
+    windows = math.ceil((len(corpus.stream(corpus.validation, sizes.segment).spec) - 1) / sizes.window)
     outer = torch.optim.Adam(meta["gates"].values(), lr=0.01)
+    fading = torch.optim.lr_scheduler.LinearLR(outer, 1.0, 0.0, total_iters=windows * sizes.passes)
     for each in range(sizes.passes):
         articles = order.sample(corpus.validation, len(corpus.validation))
         stream, carry = corpus.stream(articles, sizes.segment), None
-        windows = math.ceil(len(stream.spec) / sizes.window)
         for _ in track(range(windows), f"gates {'with' if start['flush'] else 'without'} FLUSH, pass {each + 1}"):
             out = algorithm.loss(meta, stream, carry=carry)
             outer.zero_grad()
             out.loss.backward()
             outer.step()
+            fading.step()
             carry = out.carry
     return algorithm, meta
 
@@ -214,9 +221,11 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the figures and the picture.")] = Path("dynamic_lm"),
 ) -> None:
     """Train a static model, learn gates, and compare on held-out articles."""
+    if data not in FULL:
+        raise typer.BadParameter(f"data is {data!r}, expected one of {', '.join(FULL)}.")
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    began, sizes = time.perf_counter(), QUICK if quick else Sizes()
+    began, sizes = time.perf_counter(), QUICK if quick else FULL[data]
     corpus = load(data, path, sizes, seed)
     net = pretrain(corpus, sizes)
     plain, decaying, grid = tune(net, corpus, sizes.segment)

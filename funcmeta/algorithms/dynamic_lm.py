@@ -156,7 +156,8 @@ def build(
         module: the model: (words [words], hidden) → (scores [words, vocabulary], hidden), and ``start()`` → hidden;
             e.g. a trained ``LanguageModel``. It is read in eval mode; its parameters are where θ_static begins.
         gates: a ``funcmeta.learned.gates(...)``; its weights are where the gates begin.
-        window: segments that one ``loss`` reads; a meta-gradient goes back no further.
+        window: segments that one ``loss`` reads, at least 2, and one more where a single one would be left; a
+            meta-gradient goes back no further.
         learn_static: whether θ_static is learned too.
         estimator: how the meta-gradient is computed; exact by ``Reverse()``.
         memory: what the estimator keeps of the trajectory.
@@ -166,7 +167,7 @@ def build(
         words and the words that follow them, and the spec has an entry for each step.
 
     Raises:
-        ArgumentError: ``gates`` are none, ``window`` is not positive, the module can not be made functional or has no
+        ArgumentError: ``gates`` are none, ``window`` is below 2, the module can not be made functional or has no
             ``start``; in ``loss``, the stream is at its end.
 
     Examples:
@@ -191,7 +192,7 @@ def build(
             f"module is a {type(module).__name__} without start(), which returns the hidden state before the first "
             f"word. Pass a LanguageModel, or define it."
         )
-    check_count("window", window)
+    check_count("window", window, least=2, advice="The loss of the first segment does not depend on the gates.")
     problem = _problem(module, gates, start())
 
     def init() -> Meta:
@@ -200,12 +201,13 @@ def build(
         return {"static": static, "gates": own}
 
     def loss(meta: Meta, task: Task, *, carry: Carry | None = None) -> Unrolled:
-        steps = min(window, _left(task, carry))
-        if not steps:
+        left = _left(task, carry)
+        if left < 2:
             raise ArgumentError(
-                f"the stream has {len(task.spec)} segments, and all of them were read. Begin another one with "
-                f"carry=Carry(carry.state, 0), or without a carry."
+                f"the stream has {len(task.spec)} segments, of which {left} are left, expected at least 2: the loss of "
+                f"one does not depend on the gates. Begin another stream, with carry=Carry(carry.state, 0) or without."
             )
+        steps = left if left <= window + 1 else window
         out = unroll(problem, meta, task, steps=steps, estimator=estimator, memory=memory, carry=carry)
         return out._replace(loss=out.loss / steps)
 

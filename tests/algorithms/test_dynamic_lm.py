@@ -256,6 +256,15 @@ def test_windows_go_through_the_stream_to_its_end() -> None:
     torch.testing.assert_close(second.loss.detach(), means[4:].mean())
 
 
+def test_a_single_segment_is_not_left_over() -> None:
+    algorithm, task = build(make_gates(), window=3), stream(7)
+    meta = algorithm.init()
+    first = algorithm.loss(meta, task)
+    second = algorithm.loss(meta, task, carry=first.carry)
+    assert (first.carry.step, second.carry.step) == (3, 7)
+    assert second.info.losses.shape == (4,)
+
+
 def test_a_detached_carry_still_reaches_the_static_weights() -> None:
     """FLUSH reads them at each step, not only at the first."""
     algorithm, task = build(make_gates(copy=0.9, flush=0.1), window=2, learn_static=True), stream(4)
@@ -332,12 +341,14 @@ def test_bad_arguments_are_refused() -> None:
         fm.ArgumentError, match=r"module is a Linear without start\(\).*Pass a LanguageModel, or define"
     ):
         dynamic_lm.build(nn.Linear(2, 2), learned.gates())
-    with pytest.raises(fm.ArgumentError, match="window is 0, expected a positive integer"):
-        build(make_gates(), window=0)
+    with pytest.raises(fm.ArgumentError, match=r"window is 1, expected an integer of at least 2\. The loss"):
+        build(make_gates(), window=1)
     algorithm = build(make_gates())
     meta = algorithm.init()
     carry = algorithm.loss(meta, stream()).carry
-    with pytest.raises(fm.ArgumentError, match=r"the stream has 6 segments, and all of them were read. Begin another"):
+    with pytest.raises(
+        fm.ArgumentError, match=r"the stream has 6 segments, of which 0 are left, expected at least 2: .* Begin another"
+    ):
         algorithm.loss(meta, stream(), carry=carry)
 
 

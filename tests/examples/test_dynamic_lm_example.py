@@ -28,9 +28,10 @@ def run(script: ModuleType, out: Path, **options: Any) -> dict[str, Any]:
 
 
 def test_a_tiny_run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tiny = script.Sizes(vocabulary=200, width=8, longest=120, epochs=2, passes=1, window=5, opening=20)
+    tiny = script.Sizes(vocabulary=200, width=8, longest=45, epochs=2, passes=1, window=5, opening=20)
     monkeypatch.setattr(script, "QUICK", tiny)
     monkeypatch.setattr(script, "RATES", (0.5,))
+    monkeypatch.setattr(script, "DECAYS", (0.0, 0.01))
     figures = run(script, tmp_path, quick=True)
     assert len(figures["rows"]) == 5
     assert figures["rows"]["static"]["growth"] == [0, 0, 0]
@@ -58,6 +59,8 @@ def test_reading_gives_each_article_its_words(script: ModuleType) -> None:
     assert [len(each) for each in losses] == [2 * size - 1 for size in (3, 20, 11)]
 
 
-def test_wikitext_needs_a_path(script: ModuleType) -> None:
-    with pytest.raises(script.typer.BadParameter, match=r"wikitext needs --path, a folder with valid.txt"):
+def test_bad_options_are_refused(script: ModuleType) -> None:
+    with pytest.raises(script.typer.BadParameter, match=r"wikitext needs --path, a folder with valid\.txt"):
         script.main(data="wikitext")
+    with pytest.raises(script.typer.BadParameter, match="data is 'novels', expected one of pydoc, wikipedia, wikitext"):
+        script.main(data="novels")
