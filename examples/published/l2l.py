@@ -54,6 +54,27 @@ def quadratics(dimension: int, steps: int) -> fm.Course:
     return fm.Course(Point(dimension), quadratic, fm.tasks.quadratics(dimension), steps, start)
 
 
+class Digits:
+    """MNIST-1D as tasks: each sees the training set in batches of its own, drawn anew for every step."""
+
+    def __init__(self, batch_size: int = 64) -> None:
+        self._batch_size = batch_size
+        self._signals, self._labels = fm.tasks.mnist1d(batch_size=4000).support(0)
+
+    def sample(self, seed: int) -> fm.Task:
+        """One task."""
+        return fm.Task(lambda step: self._batch(seed, step, ()), None)
+
+    def sample_batch(self, seed: int, tasks: int) -> fm.Task:
+        """Stacked tasks."""
+        return fm.Task(lambda step: self._batch(seed, step, (tasks,)), None)
+
+    def _batch(self, seed: int, step: int, tasks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(fm.rng.fold(seed, step))
+        rows = torch.randint(len(self._labels), (*tasks, self._batch_size), generator=generator)
+        return self._signals[rows], self._labels[rows]
+
+
 def digit_loss(meta: Any, predict: Any, batch: Any) -> Tensor:
     """Cross-entropy."""
     x, y = batch
@@ -63,7 +84,7 @@ def digit_loss(meta: Any, predict: Any, batch: Any) -> Tensor:
 def digits(width: int, steps: int, activation: type[nn.Module] = nn.Sigmoid) -> fm.Course:
     """A network with one hidden layer on MNIST-1D, a random batch a step."""
     net = nn.Sequential(nn.Linear(40, width), activation(), nn.Linear(width, 10))
-    return fm.Course(net, digit_loss, fm.tasks.mnist1d(batch_size=64), steps)
+    return fm.Course(net, digit_loss, Digits(), steps)
 
 
 TRAINED = {Name.quadratics: quadratics(10, 100), Name.digits: digits(20, 100)}
@@ -122,6 +143,7 @@ def main(
     iterations: Annotated[int, typer.Option(help="Trainings of the optimizees, each of a batch of tasks.")] = 600,
     tasks: Annotated[int, typer.Option(help="Tasks in a batch.")] = 64,
     lr: Annotated[float, typer.Option(help="Learning rate of the outer Adam.")] = 3e-3,
+    held_out: Annotated[int, typer.Option(help="Tasks that are evaluated on, and as many to tune rates on.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the initial weights.")] = 0,
     save: Annotated[Path | None, typer.Option(help="Where to write the optimizer.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for picture and figures.")] = Path("l2l"),
@@ -129,13 +151,13 @@ def main(
 ) -> None:
     """Learn an optimizer, and race it."""
     began = time.perf_counter()
-    optimizer = train(TRAINED[task], *((12, 16) if quick else (iterations, tasks)), lr, seed)
+    optimizer = train(TRAINED[task], *((10, 8) if quick else (iterations, tasks)), lr, seed)
     if save:
         fm.learned.save(optimizer, save)
         print(f"Wrote {save}.")
     courses = dict(list(COURSES[task].items())[:1]) if quick else COURSES[task]
     rates = (0.01, 0.1, 1.0) if quick else fm.evaluation.RATES
-    count = 16 if quick else 128
+    count = 16 if quick else held_out
     result = fm.evaluate_optimizers({"LSTM": optimizer}, courses, rates=rates, tasks=count, tuning_tasks=count)
     print(result)
     out.mkdir(parents=True, exist_ok=True)
