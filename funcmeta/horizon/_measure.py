@@ -17,7 +17,8 @@ from funcmeta.compare._agreement import agreement
 from funcmeta.compare._candidate import Candidate, Result, Setting
 from funcmeta.compare._compare import Estimators, candidates
 from funcmeta.estimators import Estimator, Reverse
-from funcmeta.horizon._report import HorizonReport, HorizonRow
+from funcmeta.horizon._report import HorizonReport
+from funcmeta.horizon._row import HorizonRow
 from funcmeta.memory import Memory
 from funcmeta.problem import Problem
 from funcmeta.tasks import Task

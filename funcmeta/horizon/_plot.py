@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 
 from funcmeta.compare._plot import COLORS, figure, save
-from funcmeta.horizon._report import HorizonRow
+from funcmeta.horizon._row import HorizonRow
 
 PANELS = (
     ("bias", "Bias: mean error, relative"),
