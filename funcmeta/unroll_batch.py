@@ -54,6 +54,7 @@ def unroll_batch(
 
     Raises:
         ArgumentError: an unknown strategy, and as ``unroll``.
+        GraphError: under "vmap" a step does what torch can not batch.
         StructureError: the tensors of ``tasks`` share no leading dimension, and as ``unroll``.
 
     Examples:
