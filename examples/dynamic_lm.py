@@ -50,8 +50,20 @@ FULL = {
     "pydoc": Sizes(),
     "wikipedia": Sizes(longest=1000, epochs=8),
     "wikitext": Sizes(longest=1000, epochs=8, passes=2),
+    "invented": Sizes(width=16, epochs=4, passes=2, segment=10, window=20, opening=30),
 }
 QUICK = Sizes(vocabulary=2000, width=48, longest=400, epochs=6, passes=1, window=10)
+
+
+def invented(seed: int, articles: int = 90, words: int = 300) -> list[Article]:
+    """Articles that are about 6 of 60 words each: 7 words of 10 are among these. A small model learns all there is."""
+    draw, names = random.Random(seed), [f"word{number}" for number in range(60)]
+    found = []
+    for number in range(articles):
+        own = draw.sample(names, 6)
+        text = [draw.choice(own) if draw.random() < 0.7 else draw.choice(names) for _ in range(words)]
+        found.append(Article(f"{number}: {', '.join(own)}", ("<eos>", *text)))
+    return found
 
 
 def load(data: str, path: Path | None, sizes: Sizes, seed: int) -> Corpus:
@@ -62,7 +74,12 @@ def load(data: str, path: Path | None, sizes: Sizes, seed: int) -> Corpus:
         known, test = (fm.tasks.wikitext_articles(path / name) for name in ("valid.txt", "test.txt"))
         train, validation, _ = fm.tasks.split(known, validation=15, test=0, seed=seed)
     else:
-        known = fm.tasks.pydoc_articles() if data == "pydoc" else fm.tasks.wikipedia_articles(path)
+        sources = {
+            "pydoc": fm.tasks.pydoc_articles,
+            "wikipedia": lambda: fm.tasks.wikipedia_articles(path),
+            "invented": lambda: invented(seed),
+        }
+        known = sources[data]()
         share = len(known) // 4
         train, validation, test = fm.tasks.split(known, validation=share, test=share + 4, seed=seed)
     validation, test = (
@@ -214,7 +231,7 @@ def paint(axes: Any, top: float, words: tuple[str, ...], gain: Tensor, wide: int
 def main(
     quick: Annotated[bool, typer.Option(help="A smaller model, shorter articles, one pass.")] = False,
     data: Annotated[
-        str, typer.Option(help="pydoc, wikipedia (the extra 'articles', or --path) or wikitext.")
+        str, typer.Option(help="pydoc, wikipedia (the extra articles, or --path), wikitext, invented.")
     ] = "pydoc",
     path: Annotated[Path | None, typer.Option(help="A dump of Wikipedia, or the folder of WikiText.")] = None,
     seed: Annotated[int, typer.Option(help="Which articles are held out, and all draws.")] = 0,

@@ -62,5 +62,25 @@ def test_reading_gives_each_article_its_words(script: ModuleType) -> None:
 def test_bad_options_are_refused(script: ModuleType) -> None:
     with pytest.raises(script.typer.BadParameter, match=r"wikitext needs --path, a folder with valid\.txt"):
         script.main(data="wikitext")
-    with pytest.raises(script.typer.BadParameter, match="data is 'novels', expected one of pydoc, wikipedia, wikitext"):
+    with pytest.raises(
+        script.typer.BadParameter, match="data is 'novels', expected one of pydoc, wikipedia, wikitext, inv"
+    ):
         script.main(data="novels")
+
+
+@pytest.mark.slow
+def test_gain_grows_along_articles(script: ModuleType, tmp_path: Path) -> None:
+    rows = run(script, tmp_path)["rows"]
+    for name in ("dynamic evaluation", "dynamic evaluation, decay", "gates without FLUSH", "gates"):
+        assert rows[name]["growth"][1] > 0
+        assert rows[name]["loss"] < rows["static"]["loss"] - 0.5
+
+
+@pytest.mark.slow
+def test_flush_helps_where_the_static_model_has_learned_all_there_is(script: ModuleType, tmp_path: Path) -> None:
+    figures = run(script, tmp_path, data="invented")
+    for gained in figures["gained by FLUSH on the first words"].values():
+        assert gained[1] > 0
+    losses = {name: row["loss"] for name, row in figures["rows"].items()}
+    assert losses["gates"] == min(losses.values())
+    assert figures["rows"]["gates"]["growth"][1] > 0
