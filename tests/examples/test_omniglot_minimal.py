@@ -55,11 +55,12 @@ def test_each_step_of_reptile_sees_every_class_once(example: Load) -> None:
 def test_a_short_training_is_ahead_of_chance(example: Load, tmp_path: Path) -> None:
     rows = run(example, tmp_path, quick=True)
     assert list(rows) == ["MAML", "first-order MAML", "Reptile", "Meta-SGD"]
-    assert all(row["error"] < 0.85 for row in rows.values())
+    assert all(row["error"] < 0.9 for row in rows.values())
 
 
 @pytest.mark.slow
 @published
 def test_the_whole_run_is_ahead_of_the_published_baseline(example: Load, tmp_path: Path) -> None:
     rows = run(example, tmp_path)
-    assert min(rows["MAML"]["error"], rows["Meta-SGD"]["error"]) < 0.3875
+    assert rows["MAML"]["error"] < 0.3875
+    assert rows["Meta-SGD"]["error"] < 0.3875
