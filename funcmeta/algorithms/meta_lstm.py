@@ -99,7 +99,7 @@ def problem(module: nn.Module, loss_fn: InnerLoss, cell: "Cell", *, train: bool 
     Args:
         module: the network; ``meta["params"]``, when present, is the initial point, otherwise its own parameters are.
         loss_fn: (meta, predict, batch) → 0-d loss, on the support inside and on the query outside.
-        cell: the LSTM; its own weights do not count.
+        cell: the LSTM; of its own weights only names, shapes, dtype and device count.
         train: train mode (True), eval mode (False), or each submodule in its own mode (None).
 
     Returns:
@@ -107,7 +107,7 @@ def problem(module: nn.Module, loss_fn: InnerLoss, cell: "Cell", *, train: bool 
 
     Raises:
         ArgumentError: the module can not be made functional.
-        StructureError: in its steps, ``meta["params"]`` or ``meta["cell"]`` does not fit.
+        StructureError: where it begins, ``meta["params"]`` or ``meta["cell"]`` does not fit.
 
     Examples:
         >>> def loss(meta, predict, batch):

@@ -115,17 +115,24 @@ def test_first_order_is_the_default() -> None:
 
 
 def test_gates_that_stand_still_are_sgd() -> None:
-    algorithm, rate = build(steps=5), 0.1
-    meta = algorithm.init()
+    """Statistics, dropout and the count of steps included."""
+    module, rate = nn.Sequential(nn.Linear(1, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 1)).double(), 0.1
+    meta = {"params": fm.init_params(module), "cell": fm.init_params(meta_lstm.Cell(hidden=4).double())}
     with torch.no_grad():
         for name, value in (("forget", 800.0), ("enter", math.log(rate / (1 - rate)))):
             meta["cell"][f"{name}.weight"].zero_()
             meta["cell"][f"{name}.bias"].fill_(value)
-    task = SINUSOIDS.sample(0)
-    sgd = fm.algorithms.maml.build(net(), mse, steps=5, lr=rate).adapt(meta, task)
-    adapted = algorithm.adapt(meta, task)
-    for name, leaf in adapted.params.items():
-        torch.testing.assert_close(leaf, sgd.params[name], rtol=1e-12, atol=1e-15)
+        state, expected = (
+            fm.unroll(problem, meta, SINUSOIDS.sample(0), steps=5, seed=7).state
+            for problem in (
+                meta_lstm.problem(module, mse, meta_lstm.Cell(hidden=4).double()),
+                fm.inner_problem(module, mse, optimizer=fm.optim.sgd(rate)),
+            )
+        )
+    assert int(state.step) == int(expected.step) == 5
+    for one, other in ((state.params, expected.params), (state.buffers, expected.buffers)):
+        for name, leaf in one.items():
+            torch.testing.assert_close(leaf, other[name], rtol=1e-12, atol=1e-15)
 
 
 def test_before_training_it_forgets_little_and_enters_little() -> None:
