@@ -125,7 +125,7 @@ def main(
     """Train MAML and Meta-SGD on sine curves, and compare with the published table."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    iterations, curves = (500, 100) if quick else (20_000, 500)
+    iterations, curves = (500, 50) if quick else (20_000, 500)
     trained = {name: train(name, iterations) for name in PUBLISHED}
     rows: list[Row] = []
     for name, published in PUBLISHED.items():
