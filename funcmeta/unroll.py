@@ -163,7 +163,7 @@ def run(
 ) -> Unrolled:
     """``unroll`` for one task (``tasks`` None), or for that many stacked ones under vmap.
 
-    A ``trial`` does not ask whether ``meta`` and every leaf of it are used.
+    A ``trial`` asks neither whether losses are finite nor whether ``meta`` and every leaf of it are used.
     """
     check_arguments(meta, task, steps, seed, estimator, memory)
     check_carry(carry)
@@ -187,7 +187,8 @@ def run(
                 f"grad mode. Pass the estimator that made the carry, or Carry(carry.state, carry.step) to leave them."
             )
         losses = torch.stack(path.losses) if path.losses else loss.new_zeros((0,) if tasks is None else (0, tasks))
-        check_finite(loss, losses, start)
+        if not trial:
+            check_finite(loss, losses, start)
         if torch.is_grad_enabled() and not inside_functorch() and (loss.requires_grad or not trial):
             reached = check_attached(loss, (own_meta, own_carry), problem, estimator)
             if carry is None and steps > 0 and not trial:

@@ -90,7 +90,7 @@ def unroll_batch(
     if strategy == "auto" and carry is not None and carry.particles is not None:
         strategy = _made_by(carry.particles, meta)
     if strategy == "auto":
-        strategy = _faster(problem, meta, tasks, first, number, estimator, steps, seed)
+        strategy = _faster(problem, meta, tasks, first, number, estimator, steps, seed, carry)
     if strategy == "loop":
         return _loop(problem, meta, tasks, number, steps, estimator, memory, seed, carry)
     options = {"steps": steps, "estimator": estimator, "memory": memory, "seed": seed, "carry": carry}
@@ -114,6 +114,8 @@ def _loop(
     memory: Memory,
     seed: int,
     carry: Carry | None,
+    *,
+    trial: bool = False,
 ) -> Unrolled:
     if isinstance(memory, Budget):
         memory = memory.among(number)
@@ -127,6 +129,7 @@ def _loop(
             memory=memory,
             seed=rng.fold(seed, index),
             carry=None if carry is None else carry._replace(**take(_stacked(carry), index)),
+            trial=trial,
         )
         for index in range(number)
     ]
@@ -166,16 +169,26 @@ _known: WeakKeyDictionary[Any, dict[Any, dict[Strategy, _Cost]]] = WeakKeyDictio
 
 
 def _faster(
-    problem: Problem, meta: Meta, tasks: Task, first: Any, number: int, estimator: Estimator, steps: int, seed: int
+    problem: Problem,
+    meta: Meta,
+    tasks: Task,
+    first: Any,
+    number: int,
+    estimator: Estimator,
+    steps: int,
+    seed: int,
+    carry: Carry | None,
 ) -> Strategy:
     """The strategy that takes less time for so many steps here, measured once per shapes and device."""
     leaves = tree.tensors((meta, first, tasks.query))
     shapes = [(leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves]
-    key = (estimator, steps == 1, torch.is_grad_enabled(), *shapes)
+    key = (estimator, steps == 1, torch.is_grad_enabled(), carry is None, *shapes)
     known = _known.setdefault(getattr(problem.step, "__func__", problem.step), {})
     if key not in known:
         ways: tuple[Strategy, ...] = ("vmap", "loop")
-        known[key] = {each: _measured(each, problem, meta, tasks, number, estimator, steps, seed) for each in ways}
+        known[key] = {
+            each: _measured(each, problem, meta, tasks, number, estimator, steps, seed, carry) for each in ways
+        }
     costs = known[key]
     return min(costs, key=lambda each: costs[each].of(steps))
 
@@ -189,6 +202,7 @@ def _measured(
     estimator: Estimator,
     most: int,
     seed: int,
+    carry: Carry | None,
 ) -> _Cost:
     """What a strategy costs, when it is run for the second time; infinite when vmap can not run the step.
 
@@ -198,12 +212,11 @@ def _measured(
     def seconds(steps: int) -> float:
         began = time.perf_counter()
         if strategy == "vmap":
-            out = run(problem, meta, tasks, steps=steps, estimator=estimator, seed=seed, tasks=number, trial=True)
-            loss = out.loss
+            loss = run(
+                problem, meta, tasks, steps=steps, estimator=estimator, seed=seed, carry=carry, tasks=number, trial=True
+            ).loss
         else:
-            every = [unstack(tasks, index) for index in range(number)]
-            outs = [run(problem, meta, task, steps=steps, estimator=estimator, seed=seed, trial=True) for task in every]
-            loss = torch.stack([out.loss for out in outs]).mean()
+            loss = _loop(problem, meta, tasks, number, steps, estimator, StoreAll(), seed, carry, trial=True).loss
         wanted = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
         if loss.requires_grad:
             torch.autograd.grad(loss, wanted, materialize_grads=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import funcmeta as fm
 from funcmeta.evaluation._evaluate import losses_of
+from funcmeta.evaluation._rows import quartiles
 
 
 class Point(nn.Module):
@@ -96,12 +97,64 @@ def test_infinite_losses_are_counted() -> None:
     assert result.to_dict()["rows"][0]["median"] is None
 
 
+def test_rates_are_tuned_on_other_tasks_and_starts_than_those_of_the_race() -> None:
+    seen: dict[str, list[Any]] = {"tasks": [], "starts": []}
+
+    class Watched:
+        def sample_batch(self, seed: int, tasks: int) -> fm.Task:
+            seen["tasks"].append(seed)
+            return COURSE.tasks.sample_batch(seed, tasks)
+
+    def watched_start(seed: int) -> dict[str, Tensor]:
+        seen["starts"].append(seed)
+        return start(seed)
+
+    course = COURSE._replace(tasks=Watched(), start=watched_start, steps=2)
+    fm.evaluate_optimizers(
+        {"fixed": fm.optim.sgd(0.01)},
+        {"c": course},
+        baselines={"SGD": fm.optim.sgd},
+        rates=(0.001, 0.01),
+        tasks=3,
+        tuning_tasks=2,
+    )
+    assert len(set(seen["tasks"])) == 2
+    fixed, tuning, held_out = seen["starts"][:3], seen["starts"][3:7], seen["starts"][7:]
+    assert fixed == held_out
+    assert tuning[:2] == tuning[2:]
+    assert not set(tuning) & set(held_out)
+
+
+def test_quartiles() -> None:
+    losses = torch.tensor([[5.0, 1.0, 2.0, 4.0, 3.0]])
+    assert [each.item() for each in quartiles(losses)] == [2.0, 3.0, 4.0]
+    assert quartiles(torch.tensor([1.0, 2.0, torch.inf, torch.nan]))[1] == 2.0
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_one_that_diverges_changes_no_other_where_a_module_draws(strategy: str) -> None:
+    net = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+        return (predict(batch) - 1).square().mean()
+
+    course = fm.Course(net, loss, COURSE.tasks, 5)
+    x = torch.ones(2, 4, 2)
+    wild = torch.stack([x[0], 1e12 * x[1]])
+    tame, torn = (losses_of(fm.optim.sgd(0.01), course, fm.Task(b, b), 0, strategy=strategy) for b in (x, wild))
+    assert torch.equal(tame[:, 0], torn[:, 0])
+    assert torn[-1, 1].isinf()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"optimizers": {}}, "at least one optimizer and one course"),
         ({"courses": {}}, "at least one optimizer and one course"),
         ({"optimizers": {"Adam": fm.optim.sgd(0.1)}}, "no name twice. Name them apart"),
+        ({"optimizers": {"a": 3}}, r"optimizers\['a'\] is 3, expected a LearnedOptimizer, a Transform, or a function"),
+        ({"courses": {"c": COURSE._replace(steps=0)}}, r"courses\['c'\]\.steps is 0, expected a positive integer"),
+        ({"strategy": "auto"}, "strategy is 'auto', expected one of"),
         ({"rates": ()}, r"rates are \[\], expected positive floats"),
         ({"rates": (0.1, -1.0)}, "expected positive floats"),
         ({"tasks": 0}, "tasks is 0, expected a positive integer"),

@@ -24,7 +24,7 @@ def rescaled(transform: Transform, spread: float) -> Transform:
     """
 
     def init(params: Tree) -> _Rescaled:
-        scales = tree.map(lambda leaf: torch.empty_like(leaf).uniform_(-spread, spread).exp(), params)
+        scales = tree.map(lambda leaf: ((2 * torch.rand_like(leaf) - 1) * spread).exp(), params)
         return _Rescaled(scales, transform.init(tree.map(torch.div, params, scales)))
 
     def update(grads: Tree, state: _Rescaled, params: Tree) -> tuple[Tree, _Rescaled]:
@@ -55,7 +55,7 @@ def imitating(pupil: Transform, teacher: Transform) -> Transform:
         given, learning = pupil.update(grads, state.pupil, params)
         error = tree.map(torch.sub, given, wanted)
         relative = tree.dot(error, error) / (tree.dot(wanted, wanted) + torch.finfo(state.mismatch.dtype).tiny)
-        return wanted, _Imitating(state.mismatch + relative, learning, teaching)
+        return wanted, _Imitating(state.mismatch + relative.to(state.mismatch.dtype), learning, teaching)
 
     return Transform(init, update)
 

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from funcmeta import rng, tree
 from funcmeta._batching import count, stack
@@ -39,15 +40,13 @@ def fresh_start(module: nn.Module) -> Start:
     return start
 
 
-def carry_of(problem: Problem, meta: Meta, tasks: Task, seed: int, start: Start, *, stacked: bool = True) -> Carry:
-    """The states before the first step, detached, of each task from a seed of its own; or that of a single task."""
+def carry_of(problem: Problem, meta: Meta, tasks: Task, seed: int, start: Start) -> Carry:
+    """The states of stacked tasks before the first step, detached, each from a seed of its own."""
 
     def state(task: Task, own: int) -> object:
         with rng.forked(own):
             return problem.init({**tree.detach(meta), "params": start(own)}, task, own)
 
-    if not stacked:
-        return Carry(tree.detach(state(tasks, seed)), 0)
     first = tasks.support(0) if callable(tasks.support) else tasks.support
     number = count((first, tasks.query))
     return Carry(
@@ -56,4 +55,5 @@ def carry_of(problem: Problem, meta: Meta, tasks: Task, seed: int, start: Start,
 
 
 def _resets(layer: nn.Module) -> bool:
-    return callable(getattr(layer, "reset_parameters", None))
+    """Whether a layer draws its own parameters anew; a parametrized one would draw what is computed from them."""
+    return callable(getattr(layer, "reset_parameters", None)) and not is_parametrized(layer)

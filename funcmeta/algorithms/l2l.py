@@ -1,7 +1,7 @@
 """Learning to learn by gradient descent by gradient descent: an optimizer trained through the training of others."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from funcmeta import rng, tree
 from funcmeta._check import check_choice, check_count
-from funcmeta._errors import ArgumentError, NonFiniteError, NonFiniteWarning
+from funcmeta._errors import ArgumentError, NonFiniteError, NonFiniteWarning, StructureError
 from funcmeta._typing import Meta, Params
 from funcmeta.algorithms._algorithm import Adapt, MetaLoss
 from funcmeta.algorithms._scaffold import imitating, mismatch, rescaled
 from funcmeta.algorithms._start import carry_of, fresh_start
-from funcmeta.estimators import Estimator, FirstOrder, Truncated
+from funcmeta.estimators import Estimator, FirstOrder
 from funcmeta.learned import LearnedOptimizer, as_transform
 from funcmeta.memory import Memory, StoreAll
 from funcmeta.model import functionalize, init_params
@@ -40,7 +40,7 @@ class L2L(NamedTuple):
 
     Attributes:
         init: () → meta, ``{"optimizer": weights}``, fresh leaves that require grad.
-        loss: (meta, tasks, seed=0) → 0-d loss of a whole training, its graph cut between windows.
+        loss: (meta, tasks, seed=0) → 0-d loss of a whole training: the sum of what ``windows`` gives.
         adapt: (meta, task, seed=0, evaluate=False) → predict, a fresh module trained by the learned optimizer.
         windows: (meta, tasks, seed=0) → the losses of the windows of a training, one by one, for a step of the outer
             optimizer after each.
@@ -83,6 +83,8 @@ def build(
 
     A training of ``steps`` steps is cut in windows: state is carried from one to the next, gradients are not. The loss
     of a window is the sum of the inner losses in it, plus the loss on the query at its end where tasks have a query.
+    Where they have none, a window has two steps at least, as the first loss does not depend on the optimizer: a single
+    step that is left over goes to the window before.
 
     Args:
         optimizer: what is trained; its weights are where meta-training begins.
@@ -106,7 +108,8 @@ def build(
         ``L2L``; its meta is ``{"optimizer": ...}``, with "params" where the start is learned.
 
     Raises:
-        ArgumentError: steps, window or scaling out of range; a module without ``reset_parameters`` and no ``start``.
+        ArgumentError: ``optimizer`` is no LearnedOptimizer; steps, window or scaling out of range; a module without
+            ``reset_parameters`` and no ``start``.
 
     Examples:
         >>> class Point(nn.Module):
@@ -134,8 +137,13 @@ def build(
     check_choice("nonfinite", nonfinite, ("raise", "skip"))
     if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 <= scaling < 20:
         raise ArgumentError(f"scaling is {scaling!r}, expected a number in [0, 20). Pass e.g. scaling=3.0.")
-    length = _length(steps)
-    begin = start or fresh_start(module)
+    if not isinstance(optimizer, LearnedOptimizer):
+        raise ArgumentError(
+            f"optimizer is a {type(optimizer).__name__}, expected a LearnedOptimizer. Pass funcmeta.learned.lstm()."
+        )
+    length_of = _length(steps)
+    begin = None if learn_start else start or fresh_start(module)
+    names = {"optimizer", "params"} if learn_start else {"optimizer"}
     model, _, _ = functionalize(module)
 
     def problem_of(
@@ -146,7 +154,8 @@ def build(
         judge = inner_problem(module, loss_fn, optimizer=scaled, train=train).meta_loss if judged else None
 
         def init(meta: Meta, task: Task, seed: int) -> object:
-            return made.init(meta if "params" in meta else {**meta, "params": begin(seed)}, task, seed)
+            given = meta if begin is None or "params" in meta else {**meta, "params": begin(seed)}
+            return made.init(given, task, seed)
 
         return Problem(init, made.step, judge)
 
@@ -155,37 +164,39 @@ def build(
 
     judged, unjudged = problem_of(learned, judged=True), problem_of(learned, judged=False)
     plain = problem_of(learned, judged=False, rescale=False)
+    imitated = None
+    if teacher is not None:
+        taught = problem_of(lambda meta: imitating(learned(meta), teacher), judged=False, trajectory=False)
+        imitated = taught._replace(meta_loss=lambda meta, state, query, seed: mismatch(state.opt_state))
 
     def fresh(problem: Problem, meta: Meta, tasks: Task, seed: int) -> Carry | None:
-        return None if learn_start else carry_of(problem, meta, tasks, seed, begin)
+        return None if begin is None else carry_of(problem, meta, tasks, seed, begin)
+
+    def check_meta(meta: Meta) -> None:
+        if not isinstance(meta, Mapping) or meta.keys() != names:
+            got = sorted(meta) if isinstance(meta, Mapping) else type(meta).__name__
+            raise StructureError(f"meta has {got}, expected {sorted(names)}. Pass what init() returned.")
 
     def init() -> Meta:
         return {"optimizer": init_params(optimizer), **({"params": init_params(module)} if learn_start else {})}
 
     def loss(meta: Meta, tasks: Task, *, seed: int = 0) -> Tensor:
-        problem = unjudged if tasks.query is None else judged
-        return unroll_batch(
-            problem,
-            meta,
-            tasks,
-            steps=length(seed),
-            strategy=strategy,
-            estimator=Truncated(window, estimator),
-            memory=memory,
-            seed=seed,
-            carry=fresh(problem, meta, tasks, seed),
-        ).loss
+        losses = list(windows(meta, tasks, seed=seed))
+        if not losses:
+            raise NonFiniteError(f"The first window of the training of seed {seed} is not finite. Lower the updates.")
+        return torch.stack(losses).sum()
 
     def windows(meta: Meta, tasks: Task, *, seed: int = 0) -> Iterator[Tensor]:
+        check_meta(meta)
         problem = unjudged if tasks.query is None else judged
-        carry, last = fresh(problem, meta, tasks, seed), length(seed)
-        for begun in range(0, last, window):
+        carry = fresh(problem, meta, tasks, seed)
+        for length in _parts(length_of(seed), window, least=2 if tasks.query is None else 1):
             try:
                 out = unroll_batch(
                     problem,
                     meta,
                     tasks,
-                    steps=min(window, last - begun),
+                    steps=length,
                     strategy=strategy,
                     estimator=estimator,
                     memory=memory,
@@ -201,21 +212,38 @@ def build(
             yield out.loss
 
     def imitation(meta: Meta, tasks: Task, *, seed: int = 0) -> Tensor:
-        if teacher is None:
+        if imitated is None:
             raise ArgumentError("There is no teacher to imitate. Pass build(..., teacher=funcmeta.optim.adam(0.01)).")
-        taught = problem_of(lambda meta: imitating(learned(meta), teacher), judged=False, trajectory=False)
-        problem = taught._replace(meta_loss=lambda meta, state, query, seed: mismatch(state.opt_state))
-        carry = fresh(problem, meta, tasks, seed)
+        check_meta(meta)
         return unroll_batch(
-            problem, meta, tasks, steps=window, strategy=strategy, estimator=estimator, seed=seed, carry=carry
+            imitated,
+            meta,
+            tasks,
+            steps=window,
+            strategy=strategy,
+            estimator=estimator,
+            memory=memory,
+            seed=seed,
+            carry=fresh(imitated, meta, tasks, seed),
         ).loss
 
     def adapt(meta: Meta, task: Task, *, seed: int = 0, evaluate: bool = False) -> Predict:
         with torch.no_grad():
-            state = unroll(plain, tree.detach(meta), task, steps=length(seed), seed=seed).state
+            state = unroll(plain, tree.detach(meta), task, steps=length_of(seed), seed=seed).state
         return Predict(model, state.params, state.buffers, train=False if evaluate else train)
 
     return L2L(init, loss, adapt, windows, imitation, unjudged)
+
+
+def _parts(steps: int, window: int, *, least: int) -> list[int]:
+    """The lengths of the windows, none of which is shorter than ``least``."""
+    if min(steps, window) < least:
+        raise ArgumentError(
+            f"a window has {min(steps, window)} step, expected at least {least} where tasks have no query: its only "
+            f"loss does not depend on the optimizer. Take longer windows, or give the tasks a query."
+        )
+    parts = [min(window, steps - begun) for begun in range(0, steps, window)]
+    return [*parts[:-2], parts[-2] + parts[-1]] if parts[-1] < least else parts
 
 
 def _length(steps: Steps) -> Callable[[int], int]:

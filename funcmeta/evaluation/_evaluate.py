@@ -3,26 +3,26 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from funcmeta import rng
-from funcmeta._batching import count
-from funcmeta._check import check_count
-from funcmeta._errors import ArgumentError, NonFiniteError
+from funcmeta._batching import count, take
+from funcmeta._check import check_choice, check_count
+from funcmeta._errors import ArgumentError, GraphError
 from funcmeta._typing import Params
 from funcmeta.algorithms._start import carry_of, fresh_start
+from funcmeta.estimators import Reverse
 from funcmeta.evaluation._report import OptimizerEvaluation
 from funcmeta.evaluation._rows import EvaluationRow, quartiles
 from funcmeta.learned import LearnedOptimizer, as_transform
 from funcmeta.optim import Transform, adam, rmsprop, sgd
-from funcmeta.problem import InnerLoss, inner_problem
+from funcmeta.problem import InnerLoss, Problem, inner_problem
 from funcmeta.tasks import Sampler, Task
 from funcmeta.tasks._task import unstack
-from funcmeta.unroll import unroll
-from funcmeta.unroll_batch import unroll_batch
+from funcmeta.unroll import Carry, run
 
 Tunable = Callable[[float], Transform]
 
@@ -46,7 +46,8 @@ class Course(NamedTuple):
     Attributes:
         module: the network that is trained.
         loss_fn: (meta, predict, batch) → 0-d loss; meta is empty.
-        tasks: a sampler of tasks, whose support is a batch, or a function of the step.
+        tasks: a sampler of tasks, whose support is a batch, or a function of the step, from 0 to ``steps``: the last
+            is where the loss at the end is taken.
         steps: of each training.
         start: seed → initial parameters; None: those that ``reset_parameters`` of the module's layers draw.
 
@@ -73,6 +74,7 @@ def evaluate_optimizers(
     tasks: int = 64,
     tuning_tasks: int = 32,
     seed: int = 0,
+    strategy: str = "vmap",
 ) -> OptimizerEvaluation:
     """Train by every optimizer from the same starts on the same held-out tasks, and compare how far each gets.
 
@@ -89,13 +91,16 @@ def evaluate_optimizers(
         tasks: held-out tasks a course.
         tuning_tasks: tasks a course that the rates are tuned on.
         seed: integer from which tasks and starts follow.
+        strategy: "vmap" runs the trainings of a course as one batch, "loop" one after the other, which wide
+            convolutions prefer. The two draw differently, where a module draws.
 
     Returns:
         ``OptimizerEvaluation``: a row for each course and optimizer, and the loss after every step.
 
     Raises:
-        ArgumentError: no optimizer, no course, a name that stands twice, or a count or rate out of range; or every rate
-            of a baseline diverges.
+        ArgumentError: no optimizer, no course, a name that stands twice, something else than an optimizer, an unknown
+            strategy, or a count or rate out of range; or every rate of a baseline diverges.
+        GraphError: under "vmap" a training does what torch can not batch.
 
     Examples:
         >>> def loss(meta, predict, batch):
@@ -118,74 +123,76 @@ def evaluate_optimizers(
         )
     if not rates or not all(isinstance(rate, float) and 0 < rate < math.inf for rate in rates):
         raise ArgumentError(f"rates are {list(rates)}, expected positive floats. Pass e.g. rates=(0.001, 0.01, 0.1).")
+    check_choice("strategy", strategy, ("vmap", "loop"))
     check_count("tasks", tasks)
     check_count("tuning_tasks", tuning_tasks)
     rows, curves = [], {}
     for place, (name, course) in enumerate(courses.items()):
+        check_count(f"courses['{name}'].steps", course.steps, advice="Pass e.g. steps=100.")
         tuning = course.tasks.sample_batch(rng.fold(seed, place, 0), tuning_tasks)
         held_out = course.tasks.sample_batch(rng.fold(seed, place, 1), tasks)
         for entrant, optimizer in entrants.items():
             rate = None
+            if not isinstance(optimizer, LearnedOptimizer | Transform) and not callable(optimizer):
+                raise ArgumentError(
+                    f"optimizers['{entrant}'] is {optimizer!r}, expected a LearnedOptimizer, a Transform, or a "
+                    f"function from a learning rate to one. Pass e.g. funcmeta.optim.adam."
+                )
             if isinstance(optimizer, LearnedOptimizer | Transform):
                 transform = optimizer if isinstance(optimizer, Transform) else as_transform(optimizer)
             else:
-                rate = _best_rate(entrant, optimizer, rates, course, tuning, rng.fold(seed, place, 2))
+                rate = _best_rate(entrant, optimizer, rates, course, tuning, rng.fold(seed, place, 2), strategy)
                 transform = optimizer(rate)
-            losses = losses_of(transform, course, held_out, rng.fold(seed, place, 3))
+            losses = losses_of(transform, course, held_out, rng.fold(seed, place, 3), strategy=strategy)
             curves[name, entrant] = losses
             rows.append(_row(name, entrant, rate, losses))
     return OptimizerEvaluation(tuple(rows), curves, seed)
 
 
-def losses_of(transform: Transform, course: Course, tasks: Task, seed: int) -> Tensor:
+def losses_of(transform: Transform, course: Course, tasks: Task, seed: int, *, strategy: str = "vmap") -> Tensor:
     """The losses before each step and after the last, [steps + 1, tasks]; infinite from where a training diverges."""
     problem = inner_problem(course.module, course.loss_fn, optimizer=transform, trajectory_loss=True)
-    start = course.start or fresh_start(course.module)
-    states = carry_of(problem, {}, tasks, seed, start)
-    steps = course.steps + 1
+    begun = carry_of(problem, {}, tasks, seed, course.start or fresh_start(course.module))
+    number, steps = count(begun.state), course.steps + 1
     with torch.no_grad():
-        try:
-            return unroll_batch(problem, {}, tasks, steps=steps, carry=states, seed=seed).info.losses
-        except NonFiniteError:
-            columns = [
-                _diverging(problem, unstack(tasks, index), steps, rng.fold(seed, 0, index), start)
-                for index in range(count(states.state))
-            ]
-    return torch.stack(columns, 1)
+        if strategy == "vmap":
+            losses = _run(problem, tasks, steps, begun, seed, number)
+        else:
+            losses = torch.stack(
+                [
+                    _run(problem, unstack(tasks, index), steps, begun._replace(state=take(begun.state, index)), seed)
+                    for index in range(number)
+                ],
+                1,
+            )
+    return torch.where(losses.isfinite().cummin(0).values, losses, math.inf)
 
 
-def _diverging(problem: Any, task: Task, steps: int, seed: int, start: Callable[[int], Params]) -> Tensor:
-    """The losses of one training, whose last ones may be infinite."""
-    carry, losses = carry_of(problem, {}, task, seed, start, stacked=False), []
-    for _ in range(steps):
-        try:
-            out = unroll(problem, {}, task, steps=1, carry=carry, seed=seed)
-        except NonFiniteError:
-            break
-        carry = out.carry
-        losses.append(out.info.losses)
-    found = torch.cat(losses) if losses else torch.empty(0)
-    return torch.cat([found, found.new_full((steps - len(found),), math.inf)])
+def _run(problem: Problem, tasks: Task, steps: int, begun: Carry, seed: int, number: int | None = None) -> Tensor:
+    """The inner losses, finite or not."""
+    try:
+        out = run(
+            problem, {}, tasks, steps=steps, estimator=Reverse(), seed=seed, carry=begun, tasks=number, trial=True
+        )
+    except RuntimeError as error:
+        if not str(error).startswith("vmap"):
+            raise
+        raise GraphError(
+            f"The trainings can not run as one batch: {str(error).splitlines()[0]} Pass strategy='loop'."
+        ) from error
+    return out.info.losses
 
 
-def _best_rate(name: str, optimizer: Tunable, rates: Sequence[float], course: Course, tasks: Task, seed: int) -> float:
-    ends = {rate: _end(optimizer(rate), course, tasks, seed) for rate in rates}
-    best = min(ends, key=lambda rate: ends[rate])
-    if not math.isfinite(ends[best]):
+def _best_rate(
+    name: str, optimizer: Tunable, rates: Sequence[float], course: Course, tasks: Task, seed: int, strategy: str
+) -> float:
+    """The rate with the lowest median loss at the end, among those that diverge on no task."""
+    ends = {rate: losses_of(optimizer(rate), course, tasks, seed, strategy=strategy)[-1] for rate in rates}
+    scores = {rate: last.median().item() if last.isfinite().all() else math.inf for rate, last in ends.items()}
+    best = min(scores, key=lambda rate: scores[rate])
+    if not math.isfinite(scores[best]):
         raise ArgumentError(f"'{name}' diverges at every rate of {list(rates)}. Pass smaller ones.")
     return best
-
-
-def _end(transform: Transform, course: Course, tasks: Task, seed: int) -> float:
-    """The median loss at the end; infinite when a training diverges."""
-    problem = inner_problem(course.module, course.loss_fn, optimizer=transform, trajectory_loss=True)
-    states = carry_of(problem, {}, tasks, seed, course.start or fresh_start(course.module))
-    with torch.no_grad():
-        try:
-            out = unroll_batch(problem, {}, tasks, steps=course.steps + 1, carry=states, seed=seed)
-        except NonFiniteError:
-            return math.inf
-    return out.info.losses[-1].median().item()
 
 
 def _row(course: str, optimizer: str, rate: float | None, losses: Tensor) -> EvaluationRow:

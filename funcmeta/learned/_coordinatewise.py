@@ -58,21 +58,22 @@ class Coordinatewise(LearnedOptimizer):
 
     def init_state(self, param: Tree) -> CoordinatewiseState:
         """The state before the first step, for a tensor or a tree of them."""
-        leaves = tree.leaves(param)
-        weight = next(self.parameters())
-        slots = tuple([self.slots(torch.empty_like(leaf, dtype=weight.dtype)) for leaf in leaves])
-        sizes, device = [leaf.numel() for leaf in leaves], leaves[0].device if leaves else weight.device
-        hidden = self.memory(torch.empty((0, sum(sizes)), dtype=weight.dtype, device=device), sizes)
+        leaves, dtype = tree.leaves(param), self._dtype()
+        slots = tuple([self.slots(torch.empty_like(leaf, dtype=dtype)) for leaf in leaves])
+        sizes, device = [leaf.numel() for leaf in leaves], leaves[0].device if leaves else None
+        hidden = self.memory(torch.empty((0, sum(sizes)), dtype=dtype, device=device), sizes)
         return CoordinatewiseState(torch.zeros((), dtype=torch.int64, device=device), slots, hidden)
 
     def forward(self, param: Tree, grad: Tree, state: CoordinatewiseState) -> tuple[Tree, CoordinatewiseState]:
         """The updates and the next state, for a tensor or a tree of them."""
-        dtype = next(self.parameters()).dtype
+        dtype = self._dtype()
         params = [leaf.to(dtype) for leaf in tree.leaves(param)]
         grads = [leaf.to(dtype) for leaf in tree.leaves(grad)]
         rows = zip(params, grads, state.slots, strict=True)
         seen = [self.observe(*row, state.step) for row in rows]
         sizes = [leaf.numel() for leaf in params]
+        if not seen:
+            return param, state._replace(step=state.step + 1)
         features = torch.cat([each.flatten(1) if each.dim() > 1 else each[:, None] for each, _ in seen], 1)
         outputs, hidden = self.decide(features, state.hidden, sizes)
         parts = torch.split(outputs, sizes, 1)
@@ -81,6 +82,10 @@ class Coordinatewise(LearnedOptimizer):
         ]
         following = CoordinatewiseState(state.step + 1, tuple([slots for _, slots in seen]), hidden)
         return tree.like(param, updates), following
+
+    def _dtype(self) -> torch.dtype:
+        """Of the weights; torch's default where there are none."""
+        return next((weight.dtype for weight in self.parameters()), torch.get_default_dtype())
 
     def slots(self, param: Tensor) -> Any:
         """What one tensor remembers before the first step; only the shape, dtype and device of ``param`` count."""

@@ -66,8 +66,14 @@ def save(optimizer: LearnedOptimizer, path: str | Path) -> None:
             f"booleans and lists of them in it."
         ) from error
     tensors = {name: tensor.detach().contiguous() for name, tensor in optimizer.state_dict().items()}
+    try:
+        content = safetensors.torch.save(tensors, {"funcmeta": VERSION, "kind": optimizer.kind, "config": config})
+    except RuntimeError as error:
+        raise ArgumentError(
+            f"{type(optimizer).__name__} has weights that safetensors does not write: {error}. Untie them."
+        ) from error
     with written(path) as file:
-        file.write(safetensors.torch.save(tensors, {"funcmeta": VERSION, "kind": optimizer.kind, "config": config}))
+        file.write(content)
 
 
 def load(path: str | Path, *, make: Callable[..., LearnedOptimizer] | None = None) -> LearnedOptimizer:
@@ -94,7 +100,8 @@ def load(path: str | Path, *, make: Callable[..., LearnedOptimizer] | None = Non
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path} does not exist. Pass a file that learned.save wrote.")
+        missing = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {missing}. Pass a file that learned.save wrote.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -124,7 +131,7 @@ def _made(path: Path, about: dict[str, str], make: Callable[..., LearnedOptimize
         config = json.loads(about.get("config", ""))
         with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
             return maker(**config)
-    except (TypeError, ValueError, ArgumentError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, RecursionError, OverflowError) as error:
         raise DataError(
             f"{path} has a config from which no {kind!r} can be made: {error}. The file is damaged or was written by "
             f"other code."
@@ -137,7 +144,7 @@ def _with_weights(path: Path, optimizer: LearnedOptimizer, tensors: dict[str, An
         tensors[name].shape == tensor.shape and tensors[name].dtype.is_floating_point == tensor.is_floating_point()
         for name, tensor in own.items()
     )
-    if not fits:
+    if not fits or len({tensor.dtype for tensor in tensors.values()}) > 1:
         raise DataError(
             f"{path} has weights {_shapes(tensors)}, expected {_shapes(own)}. The file is damaged or was written by "
             f"other code."

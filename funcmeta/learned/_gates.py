@@ -101,8 +101,9 @@ class Gates(LearnedOptimizer):
             return {}
         if not hasattr(self, "enter"):
             return dict(zip(self._open, self.bias, strict=True))
-        seen = torch.stack([*_sizes(grad), *_sizes(param - static)]).flatten(1)
-        inner = self.enter(seen.to(self.bias.dtype)).tanh()
+        given, moved = grad.to(self.bias.dtype), (param - static).to(self.bias.dtype)
+        seen = torch.stack([*_sizes(given), *_sizes(moved)])
+        inner = self.enter(seen.reshape(len(seen), param.numel())).tanh()
         outer = torch.addmm(self.bias[:, None], self.weight, inner)
         return {name: row.view(param.shape) for name, row in zip(self._open, outer, strict=True)}
 

@@ -1,8 +1,11 @@
 """The bare meta-learner: one weight for the gradient, one for the parameter."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from funcmeta._errors import ArgumentError
 from funcmeta.learned._coordinatewise import Coordinatewise
 from funcmeta.learned._optimizer import LearnedOptimizer
 
@@ -18,6 +21,9 @@ def linear(*, gradient: float = -0.01, parameter: float = 0.0) -> LearnedOptimiz
 
     Returns:
         A ``LearnedOptimizer`` with 2 weights and no memory.
+
+    Raises:
+        ArgumentError: a weight is not a finite number.
 
     Examples:
         >>> optimizer = linear(gradient=-0.1)
@@ -35,8 +41,11 @@ class _Linear(Coordinatewise):
 
     def __init__(self, *, gradient: float, parameter: float) -> None:
         super().__init__()
+        for name, value in (("gradient", gradient), ("parameter", parameter)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ArgumentError(f"{name} is {value!r}, expected a finite number. Pass e.g. {name}=-0.01.")
         self.kind, self.config = "linear", {"gradient": gradient, "parameter": parameter}
-        self.weight = nn.Parameter(torch.tensor([gradient, parameter]))
+        self.weight = nn.Parameter(torch.tensor([float(gradient), float(parameter)]))
 
     def observe(self, param: Tensor, grad: Tensor, slots: tuple[()], step: Tensor) -> tuple[Tensor, tuple[()]]:
         """Gradient and parameter."""

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from funcmeta._check import check_choice, check_count, check_positive
+from funcmeta._errors import ArgumentError
 from funcmeta.learned._coordinatewise import Coordinatewise, Dense, StackedLSTM
 from funcmeta.learned._features import log_sign
 from funcmeta.learned._optimizer import LearnedOptimizer
+
+LARGEST = 80
+"""The largest p whose e⁻ᵖ is a number in single precision."""
 
 
 def lstm(
@@ -57,6 +61,8 @@ class _LSTM(Coordinatewise):
         check_count("layers", layers)
         check_choice("preprocess", preprocess, ("log_sign", "none"))
         self._p, self._scale = check_positive("p", p), check_positive("scale", scale)
+        if p > LARGEST:
+            raise ArgumentError(f"p is {p!r}, expected at most {LARGEST}, as e⁻ᵖ would be 0. Pass e.g. p=10.")
         self.kind = "lstm"
         self.config = {"hidden": hidden, "layers": layers, "preprocess": preprocess, "p": p, "scale": scale}
         self._seen_as_it_is = preprocess == "none"

@@ -120,9 +120,11 @@ def as_transform(optimizer: LearnedOptimizer, theta: Params | None = None) -> Tr
 
     def init(params: Tree) -> Any:
         tree.check_tensors(params, name="params")
+        first = _First(optimizer)
+        own = {f"optimizer.{name}": weight for name, weight in weights.items()}
         if optimizer.whole:
-            return optimizer.init_state(params)
-        return EachState(tuple([optimizer.init_state(leaf) for leaf in tree.leaves(params)]))
+            return functional_call(first, own, (params,))
+        return EachState(tuple([functional_call(first, own, (leaf,)) for leaf in tree.leaves(params)]))
 
     def update(grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
         leaves, given = tree.leaves(params), tree.aligned(params, grads, name="grads")
@@ -136,6 +138,17 @@ def as_transform(optimizer: LearnedOptimizer, theta: Params | None = None) -> Tr
         return tree.like(params, [_fitting(*row) for row in zip(changes, leaves, strict=True)]), state
 
     return Transform(init, update)
+
+
+class _First(nn.Module):
+    """The state before the first step, as a function of the weights."""
+
+    def __init__(self, optimizer: LearnedOptimizer) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+
+    def forward(self, param: Any) -> Any:
+        return self.optimizer.init_state(param)
 
 
 def _fitting(update: Any, param: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
-from funcmeta._errors import ArgumentError
+from funcmeta._errors import ArgumentError, StructureError
 from funcmeta.learned._optimizer import LearnedOptimizer, as_transform
 from funcmeta.optim import Transform
 
@@ -25,8 +25,9 @@ class TorchOptimizer(torch.optim.Optimizer):
         optimizer: a ``LearnedOptimizer`` with the weights that it has, or a ``Transform``.
 
     Raises:
-        ArgumentError: ``optimizer`` is neither, or ``params`` come in groups; in ``step``, a parameter has no gradient.
-        StructureError: in ``load_state_dict``, the state is that of another optimizer or other parameters.
+        ArgumentError: ``optimizer`` is neither, its state holds other things than tensors, or ``params`` come in groups
+            or with options; in ``step``, a parameter has no gradient, or a sparse one.
+        StructureError: in ``load_state_dict``, the state is one of another kind, or of other parameters.
 
     Examples:
         >>> net = torch.nn.Linear(2, 1)
@@ -49,11 +50,28 @@ class TorchOptimizer(torch.optim.Optimizer):
                 f"funcmeta.learned.pretrained()."
             )
         super().__init__(params, {})
-        if len(self.param_groups) != 1:
+        options = self.param_groups[0].keys() - {"params", "param_names"}
+        if options:
             raise ArgumentError(
-                f"params come in {len(self.param_groups)} groups, expected one. Make one optimizer for each group."
+                f"params come with the options {sorted(options)}, which nothing would read. Pass parameters alone; "
+                f"hyper-parameters are arguments of the transform."
             )
         self._transform = optimizer if isinstance(optimizer, Transform) else as_transform(optimizer)
+        others = [leaf for leaf in tree.leaves(self._fresh()) if not isinstance(leaf, Tensor)]
+        if others:
+            raise ArgumentError(
+                f"the optimizer's state holds {others[:3]}, expected tensors alone. Keep counters as 0-d tensors."
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the one group of parameters; there can be no second."""
+        if self.param_groups:
+            raise ArgumentError("params come in several groups, expected one. Make one optimizer for each group.")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies are made of."""
+        return {**super().__getstate__(), "_transform": self._transform}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -65,18 +83,27 @@ class TorchOptimizer(torch.optim.Optimizer):
         params = self._params()
         grads = {name: _gradient(name, param) for name, param in params.items()}
         updates, state = self._transform.update(grads, self._state(), tree.detach(params))
+        self._kept[_KEY] = {"leaves": [leaf.detach().clone() for leaf in tree.leaves(state)]}
         for name, param in params.items():
             param.add_(updates[name])
-        self._kept[_KEY] = {"leaves": tree.tensors(tree.detach(state))}
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state that ``state_dict()`` returned."""
-        wanted = tree.tensors(self._transform.init(tree.detach(self._params())))
-        given = state_dict.get("state", {}).get(_KEY, {"leaves": wanted})["leaves"]
-        tree.check_same(
-            wanted, given, name="state_dict['state']", advice="Load what the same optimizer saved for this module."
-        )
+        wanted, kept = tree.leaves(self._fresh()), state_dict.get("state", {})
+        if kept and _KEY not in kept:
+            raise StructureError(
+                f"state_dict['state'] has the keys {list(kept)[:5]}, expected '{_KEY}'. Load what the same optimizer "
+                f"saved for this module."
+            )
+        if kept:
+            given = [leaf.to(like.device) for leaf, like in zip(kept[_KEY]["leaves"], wanted, strict=False)] + kept[
+                _KEY
+            ]["leaves"][len(wanted) :]
+            tree.check_same(
+                wanted, given, name="state_dict['state']", advice="Load what the same optimizer saved for this module."
+            )
+            state_dict = {**state_dict, "state": {_KEY: {"leaves": given}}}
         super().load_state_dict(state_dict)
 
     def _params(self) -> dict[str, Tensor]:
@@ -86,8 +113,12 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def _state(self) -> Any:
         """The transform's state, its structure that of a fresh one."""
-        fresh = self._transform.init(tree.detach(self._params()))
-        return tree.filled(tree.hollow(fresh), self._kept[_KEY]["leaves"]) if _KEY in self._kept else fresh
+        fresh = self._fresh()
+        return tree.like(fresh, self._kept[_KEY]["leaves"]) if _KEY in self._kept else fresh
+
+    def _fresh(self) -> Any:
+        """The transform's state before the first step."""
+        return self._transform.init(tree.detach(self._params()))
 
     @property
     def _kept(self) -> dict[Any, Any]:
@@ -100,5 +131,9 @@ def _gradient(name: str, param: Tensor) -> Tensor:
         raise ArgumentError(
             f"the parameter '{name}' has no gradient. Call backward() on a loss that depends on it, or leave it out of "
             f"the optimizer."
+        )
+    if param.grad.layout is not torch.strided:
+        raise ArgumentError(
+            f"the gradient of '{name}' is {param.grad.layout}, expected a dense one. Use sparse=False in the embedding."
         )
     return param.grad.detach()

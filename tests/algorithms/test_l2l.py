@@ -1,5 +1,6 @@
 """Learned optimizers in training: windows, starts, horizons, scaling, imitation, and what happens to NaN."""
 
+import importlib
 import itertools
 from typing import Any
 
@@ -12,6 +13,8 @@ from funcmeta import learned
 from funcmeta.algorithms import l2l
 from funcmeta.algorithms._scaffold import rescaled
 from funcmeta.algorithms._start import fresh_start
+
+unroll_batch_module = importlib.import_module("funcmeta.unroll_batch")
 
 
 class Point(nn.Module):
@@ -42,7 +45,7 @@ def gradient(loss: Tensor, meta: Any) -> Tensor:
     return torch.cat([each.flatten() for each in torch.autograd.grad(loss, list(meta["optimizer"].values()))])
 
 
-def by_hand(algorithm: l2l.L2L, meta: Any, tasks: fm.Task, seed: int, *, detach: bool) -> list[Tensor]:
+def by_hand(meta: Any, tasks: fm.Task, seed: int, *, detach: bool) -> list[Tensor]:
     """The window losses by a plain loop over tasks and steps: parameters, gradients and updates written out."""
     torch.manual_seed(0)
     optimizer = learned.lstm(hidden=3, layers=1, scale=0.1).double()
@@ -69,7 +72,7 @@ def by_hand(algorithm: l2l.L2L, meta: Any, tasks: fm.Task, seed: int, *, detach:
 def test_windows_are_those_of_a_loop_by_hand(estimator: Any, detach: bool, strategy: str) -> None:
     algorithm = build(estimator=estimator, strategy=strategy)
     meta = algorithm.init()
-    expected = by_hand(algorithm, meta, TASKS, 5, detach=detach)
+    expected = by_hand(meta, TASKS, 5, detach=detach)
     for got, wanted in zip(algorithm.windows(meta, TASKS, seed=5), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
         torch.testing.assert_close(gradient(got, meta), gradient(wanted, meta), rtol=1e-10, atol=1e-12)
@@ -87,9 +90,58 @@ def test_first_and_second_order_differ() -> None:
 def test_the_loss_of_a_whole_training_has_the_gradients_of_its_windows() -> None:
     algorithm = build(estimator=fm.Reverse())
     meta = algorithm.init()
-    whole = gradient(algorithm.loss(meta, TASKS._replace(query=None), seed=2), meta)
-    parts = [gradient(loss, meta) for loss in algorithm.windows(meta, TASKS._replace(query=None), seed=2)]
-    torch.testing.assert_close(whole, torch.stack(parts).sum(0), rtol=1e-10, atol=1e-12)
+    for tasks in (TASKS, TASKS._replace(query=None)):
+        whole = gradient(algorithm.loss(meta, tasks, seed=2), meta)
+        parts = [gradient(loss, meta) for loss in algorithm.windows(meta, tasks, seed=2)]
+        torch.testing.assert_close(whole, torch.stack(parts).sum(0), rtol=1e-10, atol=1e-12)
+    cut = fm.unroll_batch(
+        algorithm.problem,
+        meta,
+        TASKS._replace(query=None),
+        steps=6,
+        estimator=fm.Truncated(3),
+        seed=2,
+        carry=l2l.carry_of(algorithm.problem, meta, TASKS, 2, start),
+    )
+    torch.testing.assert_close(gradient(cut.loss, meta), whole, rtol=1e-10, atol=1e-12)
+
+
+def test_without_a_query_no_window_has_a_single_step() -> None:
+    tasks = TASKS._replace(query=None)
+    algorithm = build(steps=7)
+    assert [loss.requires_grad for loss in algorithm.windows(algorithm.init(), tasks)] == [True, True]
+    with pytest.raises(fm.ArgumentError, match=r"a window has 1 step, expected at least 2 where tasks have no query"):
+        next(iter(build(window=1).windows(algorithm.init(), tasks)))
+
+
+def test_the_strategy_is_measured_with_the_states_that_tasks_begin_at() -> None:
+    """Fresh layers can not be drawn under vmap, the training of many of them can be run there."""
+    net = nn.Linear(1, 1)
+    algorithm = l2l.build(
+        learned.linear(),
+        net,
+        lambda meta, predict, batch: (predict(batch[0]) - batch[1]).square().mean(),
+        steps=2,
+        window=2,
+        strategy="auto",
+    )
+    meta, tasks = algorithm.init(), fm.tasks.sinusoids().sample_batch(seed=0, tasks=16)
+    list(algorithm.windows(meta, tasks))
+    (costs,) = [each for known in unroll_batch_module._known.values() for each in known.values()][-1:]
+    assert costs["vmap"].of(2) < float("inf")
+
+
+def test_meta_is_what_init_returned() -> None:
+    algorithm = build()
+    for meta, got in (({}, r"\[\]"), ({**algorithm.init(), "extra": torch.ones(1)}, "extra"), (3, "int")):
+        with pytest.raises(fm.StructureError, match=rf"meta has .*{got}.*, expected \['optimizer'\]\. Pass what init"):
+            next(iter(algorithm.windows(meta, TASKS)))
+
+
+def test_the_logarithm_of_the_horizon_is_drawn_evenly() -> None:
+    draw = l2l._length((2, 200))
+    lengths = torch.tensor([draw(seed) for seed in range(400)]).double()
+    assert 0.4 < (lengths < 20).double().mean() < 0.6
 
 
 def test_the_problem_is_exact() -> None:
@@ -171,6 +223,9 @@ def test_rescaling_is_training_another_function() -> None:
     assert bool(((scales.log().abs() <= 2.0) & (scales != 1)).all())
     updates, _ = transform.update(grads, state, params)
     torch.testing.assert_close(updates["theta"], -0.1 * scales**2 * grads["theta"], rtol=1e-12, atol=0)
+    shrinking = fm.as_transform(learned.linear(gradient=0.0, parameter=-0.5).double())
+    updates, _ = rescaled(shrinking, 2.0).update(grads, state._replace(inner=shrinking.init(params)), params)
+    torch.testing.assert_close(updates["theta"], -0.5 * params["theta"], rtol=1e-12, atol=0)
 
 
 def test_scaling_is_drawn_by_the_seed() -> None:
@@ -228,6 +283,8 @@ def test_fresh_parameters_are_those_of_the_layers() -> None:
     assert all(torch.equal(before[name], param) for name, param in net.named_parameters())
     with pytest.raises(fm.ArgumentError, match=r"\['theta'\] belong to no layer .* Pass start="):
         fresh_start(Point())
+    with pytest.raises(fm.ArgumentError, match="belong to no layer"):
+        fresh_start(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 1)))
 
 
 @pytest.mark.parametrize(
@@ -240,6 +297,7 @@ def test_fresh_parameters_are_those_of_the_layers() -> None:
         ({"scaling": -1.0}, r"scaling is -1.0, expected a number in \[0, 20\)"),
         ({"nonfinite": "ignore"}, "nonfinite is 'ignore', expected one of"),
         ({"start": None}, "Pass start="),
+        ({"optimizer": nn.Linear(1, 1)}, "optimizer is a Linear, expected a LearnedOptimizer"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str) -> None:

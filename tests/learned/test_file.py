@@ -19,6 +19,7 @@ MAKERS = {
     "rnnprop": lambda: learned.rnnprop(hidden=3, beta1=0.5),
     "mlp": lambda: learned.mlp(hidden=4, exp_scale=0.01),
     "hierarchical": lambda: learned.hierarchical(coordinate=3, tensor=4),
+    "gates": lambda: learned.gates(copy=0.9, update=0.2, flush=0.05, hidden=2),
     "hyperparameters": lambda: learned.hyperparameters(PARAMS, momentum=0.5, per="layer"),
 }
 
@@ -95,6 +96,8 @@ GOOD = {"funcmeta": "1", "kind": "linear", "config": json.dumps({"gradient": -0.
         ({"other": torch.ones(2)}, {}, "has weights"),
         ({"weight": torch.tensor([1.0, torch.nan])}, {}, "NaN or infinite"),
         ({"weight": torch.ones(2)}, {"funcmeta": "99"}, "expected 'funcmeta': '1'"),
+        ({"weight": torch.ones(2)}, {"config": '{"gradient": "a"}'}, "config from which no 'linear' can be made"),
+        ({"a": torch.ones(2)}, {"kind": "hyperparameters", "config": '{"shapes": [1]}'}, "no 'hyperparameters' can"),
         ({"weight": torch.ones(2)}, {"config": "{"}, "config from which no 'linear' can be made"),
         ({"weight": torch.ones(2)}, {"config": '{"lr": 1}'}, "config from which no 'linear' can be made"),
         ({"weight": torch.ones(2)}, {"config": "[1]"}, "config from which no 'linear' can be made"),

@@ -18,6 +18,7 @@ SHARED = {
     "rnnprop": learned.rnnprop,
     "mlp": learned.mlp,
     "hierarchical": learned.hierarchical,
+    "gates": learned.gates,
 }
 
 
@@ -67,7 +68,8 @@ def test_updates_have_the_dtype_of_the_parameters(kind: str, dtype: torch.dtype)
     transform = fm.as_transform(optimizer)
     updates, state = transform.update(tensors(2, dtype), transform.init(params), params)
     assert {name: update.dtype for name, update in updates.items()} == dict.fromkeys(params, dtype)
-    assert all(leaf.dtype in (torch.float32, torch.int64) for leaf in fm.tree.leaves(state))
+    kept = dtype if kind == "gates" else torch.float32
+    assert all(leaf.dtype in (kept, torch.int64) for leaf in fm.tree.leaves(state))
 
 
 @pytest.mark.parametrize("kind", SHARED)
@@ -248,6 +250,8 @@ VECTOR = {"w": torch.ones(2)}
         (lambda: learned.lstm(hidden=0), fm.ArgumentError, "hidden is 0, expected a positive integer"),
         (lambda: learned.lstm(layers=1.5), fm.ArgumentError, "layers is 1.5"),
         (lambda: learned.lstm(preprocess="log"), fm.ArgumentError, "preprocess is 'log', expected one of"),
+        (lambda: learned.lstm(p=100.0), fm.ArgumentError, "p is 100.0, expected at most 80"),
+        (lambda: learned.linear(gradient=torch.nan), fm.ArgumentError, "gradient is nan, expected a finite number"),
         (lambda: learned.lstm(p=0), fm.ArgumentError, "p is 0, expected a positive number"),
         (lambda: learned.rnnprop(beta1=1.0), fm.ArgumentError, r"beta1 is 1.0, expected a number in \[0, 1\)"),
         (lambda: learned.mlp(step_scale=-1.0), fm.ArgumentError, "step_scale is -1.0"),
@@ -264,6 +268,44 @@ VECTOR = {"w": torch.ones(2)}
 def test_bad_input(act: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         act()
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_weights_of_another_dtype_than_the_module(kind: str) -> None:
+    optimizer = SHARED[kind]()
+    theta = {name: weight.detach().double() for name, weight in optimizer.named_parameters()}
+    params = tensors(1)
+    transform = fm.as_transform(optimizer, theta)
+    state = transform.init(params)
+    updates, following = transform.update(tensors(2), state, params)
+    fm.tree.check_same(state, following)
+    fm.tree.check_same(params, updates)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_no_parameters_at_all(kind: str) -> None:
+    transform = fm.as_transform(SHARED[kind]())
+    updates, _ = transform.update({}, transform.init({}), {})
+    assert updates == {}
+
+
+def test_a_learned_initial_state_is_that_of_the_weights_given() -> None:
+    class Remembering(fm.LearnedOptimizer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.begin = nn.Parameter(torch.tensor(1.0))
+
+        def init_state(self, param: Tensor) -> Tensor:
+            return self.begin.expand_as(param)
+
+        def forward(self, param: Tensor, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return -state * grad, state
+
+    begin = torch.tensor(3.0, requires_grad=True)
+    moved, _ = run(fm.as_transform(Remembering(), {"begin": begin}), VECTOR, [VECTOR])
+    assert moved["w"].tolist() == [-2.0, -2.0]
+    (slope,) = torch.autograd.grad(moved["w"].sum(), begin)
+    assert slope == -2.0
 
 
 def test_nothing_is_changed() -> None:

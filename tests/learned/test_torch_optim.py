@@ -1,5 +1,6 @@
 """Learned optimizers in ordinary training, by the interface of torch.optim."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def test_it_goes_on_from_a_saved_state(tmp_path: Any) -> None:
         assert torch.equal(one, other)
 
 
-def test_a_closure_is_called_once_and_a_scheduler_can_be_attached() -> None:
+def test_a_closure_is_called_once() -> None:
     net = network()
     optimizer = learned.TorchOptimizer(net.parameters(), learned.linear())
     calls = []
@@ -86,11 +87,42 @@ def test_a_closure_is_called_once_and_a_scheduler_can_be_attached() -> None:
     assert all(param.is_leaf and param.requires_grad for param in net.parameters())
 
 
+def test_the_state_is_not_the_parameters_nor_the_gradients() -> None:
+    """Gates keep the static weights as they were, though the parameters are written in place."""
+    param = nn.Parameter(torch.tensor([1.0]))
+    gates = learned.gates(copy=0.5, update=0.1, flush=0.5, hidden=0)
+    optimizer = learned.TorchOptimizer([param], gates)
+    transform, values = fm.as_transform(gates), {"0": torch.tensor([1.0])}
+    state = transform.init(values)
+    earlier = None
+    for _ in range(3):
+        param.grad = torch.ones(1)
+        optimizer.step()
+        earlier = earlier or optimizer.state_dict()["state"]["funcmeta"]["leaves"][0].clone()
+        updates, state = transform.update({"0": torch.ones(1)}, state, values)
+        values = fm.tree.detach(fm.apply_updates(values, updates))
+        torch.testing.assert_close(param.detach(), values["0"])
+    assert earlier == 1.0
+
+
+def test_a_copy_goes_on_by_itself() -> None:
+    net = network()
+    optimizer = learned.TorchOptimizer(net.parameters(), fm.optim.adam(0.01))
+    train(net, optimizer, 2)
+    twin = copy.deepcopy(optimizer)
+    for group, own in zip(twin.param_groups[0]["params"], net.parameters(), strict=True):
+        group.grad = own.grad.clone() if own.grad is not None else None
+    optimizer.step()
+    twin.step()
+    for one, other in zip(net.parameters(), twin.param_groups[0]["params"], strict=True):
+        assert torch.equal(one, other)
+
+
 def test_bad_input() -> None:
     net = network()
     with pytest.raises(fm.ArgumentError, match=r"expected a LearnedOptimizer or a Transform\. Pass e\.g\."):
         learned.TorchOptimizer(net.parameters(), torch.optim.SGD)
-    with pytest.raises(fm.ArgumentError, match=r"params come in 2 groups, expected one\. Make one"):
+    with pytest.raises(fm.ArgumentError, match=r"params come in several groups, expected one\. Make one"):
         learned.TorchOptimizer([{"params": net[0].parameters()}, {"params": net[2].parameters()}], learned.linear())
     optimizer = learned.TorchOptimizer(net.named_parameters(), learned.linear())
     net[0](torch.ones(1, 3)).sum().backward()
@@ -100,7 +132,23 @@ def test_bad_input() -> None:
     adam = learned.TorchOptimizer(other.parameters(), fm.optim.adam(0.1))
     other(torch.ones(1, 1)).sum().backward()
     adam.step()
-    with pytest.raises((fm.StructureError, ValueError)):
+    with pytest.raises(fm.StructureError, match="Load what the same optimizer saved"):
         learned.TorchOptimizer(net.parameters(), fm.optim.adam(0.1)).load_state_dict(adam.state_dict())
+    with pytest.raises(fm.ArgumentError, match="several groups"):
+        adam.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
+    with pytest.raises(fm.ArgumentError, match=r"options \['lr'\], which nothing would read"):
+        learned.TorchOptimizer([{"params": list(other.parameters()), "lr": 0.1}], learned.linear())
+    foreign = torch.optim.Adam(other.parameters())
+    foreign.step()
+    with pytest.raises(fm.StructureError, match="expected 'funcmeta'"):
+        adam.load_state_dict(foreign.state_dict())
+    counting = fm.Transform(lambda params: 0, lambda grads, state, params: (grads, state + 1))
+    with pytest.raises(fm.ArgumentError, match=r"state holds \[0\], expected tensors alone"):
+        learned.TorchOptimizer(other.parameters(), counting)
+    words = nn.Embedding(3, 2, sparse=True)
+    sparse = learned.TorchOptimizer(words.parameters(), learned.linear())
+    words(torch.tensor([0])).sum().backward()
+    with pytest.raises(fm.ArgumentError, match=r"is torch.sparse_coo, expected a dense one\. Use sparse=False"):
+        sparse.step()
     with pytest.raises(fm.StructureError, match="Load what the same optimizer saved"):
         learned.TorchOptimizer(other.parameters(), learned.lstm()).load_state_dict(adam.state_dict())
