@@ -140,7 +140,7 @@ def validate(transform: fm.Transform, course: fm.Course, tasks: int) -> float:
 
 def main(
     task: Annotated[Name, typer.Option(help="What the optimizer is trained on.")] = Name.quadratics,
-    iterations: Annotated[int, typer.Option(help="Trainings of the optimizees, each of a batch of tasks.")] = 600,
+    iterations: Annotated[int, typer.Option(help="Trainings of the optimizees, each of a batch of tasks.")] = 700,
     tasks: Annotated[int, typer.Option(help="Tasks in a batch.")] = 64,
     lr: Annotated[float, typer.Option(help="Learning rate of the outer Adam.")] = 3e-3,
     held_out: Annotated[int, typer.Option(help="Tasks that are evaluated on, and as many to tune rates on.")] = 128,
