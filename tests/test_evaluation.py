@@ -60,6 +60,13 @@ def test_the_best_rate_is_taken_and_one_that_diverges_is_not() -> None:
     )
     fixed, tuned = result.rows
     assert tuned.rate == 0.03
+    assert not tuned.at_edge
+    assert "a better one may lie outside" not in str(result)
+    narrow = fm.evaluate_optimizers(
+        {"fixed": fm.optim.sgd(0.03)}, {"c": COURSE}, baselines={"SGD": fm.optim.sgd}, rates=(1e-4, 1e-3), tasks=8
+    )
+    assert [row.at_edge for row in narrow.rows] == [False, True]
+    assert str(narrow).endswith("The rate of 'SGD' on 'c' is the last of those tried: a better one may lie outside.")
     assert tuned.median == fixed.median
     with pytest.raises(fm.ArgumentError, match=r"'SGD' diverges at every rate of \[1e\+30\]\. Pass smaller ones"):
         fm.evaluate_optimizers(

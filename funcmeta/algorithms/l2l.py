@@ -24,6 +24,8 @@ from funcmeta.tasks import Task
 from funcmeta.unroll import Carry, unroll
 from funcmeta.unroll_batch import Strategy, unroll_batch
 
+__all__ = ["L2L", "build"]
+
 Steps = int | tuple[int, int] | Callable[[int], int]
 """A number of steps; its bounds, between which it is drawn; or a function of the seed, for a curriculum."""
 

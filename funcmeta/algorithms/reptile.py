@@ -10,6 +10,8 @@ from funcmeta.optim import Transform
 from funcmeta.problem import InnerLoss
 from funcmeta.unroll_batch import Strategy
 
+__all__ = ["build"]
+
 
 def build(
     module: nn.Module,

@@ -145,7 +145,9 @@ def evaluate_optimizers(
                 transform = optimizer(rate)
             losses = losses_of(transform, course, held_out, rng.fold(seed, place, 3), strategy=strategy)
             curves[name, entrant] = losses
-            rows.append(_row(name, entrant, rate, losses))
+            low, median, high = (each.item() for each in quartiles(losses[-1]))
+            diverged, at_edge = int((~losses[-1].isfinite()).sum()), rate in (min(rates), max(rates))
+            rows.append(EvaluationRow(name, entrant, rate, median, low, high, diverged, at_edge))
     return OptimizerEvaluation(tuple(rows), curves, seed)
 
 
@@ -193,8 +195,3 @@ def _best_rate(
     if not math.isfinite(scores[best]):
         raise ArgumentError(f"'{name}' diverges at every rate of {list(rates)}. Pass smaller ones.")
     return best
-
-
-def _row(course: str, optimizer: str, rate: float | None, losses: Tensor) -> EvaluationRow:
-    low, median, high = (each.item() for each in quartiles(losses[-1]))
-    return EvaluationRow(course, optimizer, rate, median, low, high, int((~losses[-1].isfinite()).sum()))

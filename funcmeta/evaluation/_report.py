@@ -47,9 +47,13 @@ class OptimizerEvaluation:
             )
             for row in self.rows
         ]
-        return "\n".join(
-            ["Losses at the end of held-out trainings: median and quartiles.", "", *aligned([head, *lines])]
-        )
+        notes = [
+            f"The rate of '{row.optimizer}' on '{row.course}' is the last of those tried: a better one may lie outside."
+            for row in self.rows
+            if row.at_edge
+        ]
+        title = "Losses at the end of held-out trainings: median and quartiles."
+        return "\n".join([title, "", *aligned([head, *lines]), *notes])
 
     def to_dict(self) -> dict[str, Any]:
         """The rows, and the quartiles of every curve; a number that is not finite becomes None."""

@@ -17,6 +17,7 @@ class EvaluationRow(NamedTuple):
         low: their lower quartile.
         high: their upper quartile.
         diverged: number of tasks whose loss became NaN or infinite; they count as infinite.
+        at_edge: whether the rate is the smallest or the largest of those tried, so that a better one may lie outside.
 
     Examples:
         >>> EvaluationRow("quadratics", "Adam", 0.1, 0.5, 0.4, 0.6, 0).median
@@ -32,6 +33,7 @@ class EvaluationRow(NamedTuple):
     low: float
     high: float
     diverged: int
+    at_edge: bool = False
 
 
 def quartiles(losses: Tensor) -> list[Tensor]:
