@@ -1,6 +1,8 @@
 """Unroll many tasks at once, and average their meta-losses."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -93,9 +95,17 @@ def unroll_batch(
         strategy = _faster(problem, meta, tasks, first, number, estimator, steps, seed, carry)
     if strategy == "loop":
         return _loop(problem, meta, tasks, number, steps, estimator, memory, seed, carry)
-    options = {"steps": steps, "estimator": estimator, "memory": memory, "seed": seed, "carry": carry}
+    with as_one_batch():
+        return run(
+            problem, meta, tasks, steps=steps, estimator=estimator, memory=memory, seed=seed, carry=carry, tasks=number
+        )
+
+
+@contextmanager
+def as_one_batch() -> Iterator[None]:
+    """Name what ``vmap`` can not run, and the way around it."""
     try:
-        return run(problem, meta, tasks, **options, tasks=number)  # type: ignore[arg-type]
+        yield
     except RuntimeError as error:
         if isinstance(error, FuncmetaError) or not str(error).startswith("vmap"):
             raise

@@ -173,3 +173,15 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
     optimizers, courses = arguments.pop("optimizers"), arguments.pop("courses")
     with pytest.raises(fm.ArgumentError, match=message):
         fm.evaluate_optimizers(optimizers, courses, **arguments)
+
+
+def test_a_training_that_vmap_can_not_run_is_named_and_runs_in_a_loop() -> None:
+    def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+        value = quadratic(meta, predict, batch)
+        return value if batch[1].sum().item() > 1e9 else 2 * value
+
+    arguments: dict[str, Any] = {"baselines": {}, "tasks": 2, "tuning_tasks": 1}
+    courses = {"c": COURSE._replace(loss_fn=loss, steps=2)}
+    with pytest.raises(fm.GraphError, match=r"can not run as one batch: vmap: .* Pass strategy='loop'"):
+        fm.evaluate_optimizers({"a": fm.optim.sgd(0.01)}, courses, **arguments)
+    fm.evaluate_optimizers({"a": fm.optim.sgd(0.01)}, courses, strategy="loop", **arguments)

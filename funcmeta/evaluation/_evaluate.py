@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from funcmeta import rng
 from funcmeta._batching import count, take
 from funcmeta._check import check_choice, check_count
-from funcmeta._errors import ArgumentError, GraphError
+from funcmeta._errors import ArgumentError
 from funcmeta._typing import Params
 from funcmeta.algorithms._start import carry_of, fresh_start
 from funcmeta.estimators import Reverse
@@ -23,6 +23,7 @@ from funcmeta.problem import InnerLoss, Problem, inner_problem
 from funcmeta.tasks import Sampler, Task
 from funcmeta.tasks._task import unstack
 from funcmeta.unroll import Carry, run
+from funcmeta.unroll_batch import as_one_batch
 
 Tunable = Callable[[float], Transform]
 
@@ -100,7 +101,6 @@ def evaluate_optimizers(
     Raises:
         ArgumentError: no optimizer, no course, a name that stands twice, something else than an optimizer, an unknown
             strategy, or a count or rate out of range; or every rate of a baseline diverges.
-        GraphError: under "vmap" a training does what torch can not batch.
 
     Examples:
         >>> def loss(meta, predict, batch):
@@ -172,17 +172,10 @@ def losses_of(transform: Transform, course: Course, tasks: Task, seed: int, *, s
 
 def _run(problem: Problem, tasks: Task, steps: int, begun: Carry, seed: int, number: int | None = None) -> Tensor:
     """The inner losses, finite or not."""
-    try:
-        out = run(
+    with as_one_batch():
+        return run(
             problem, {}, tasks, steps=steps, estimator=Reverse(), seed=seed, carry=begun, tasks=number, trial=True
-        )
-    except RuntimeError as error:
-        if not str(error).startswith("vmap"):
-            raise
-        raise GraphError(
-            f"The trainings can not run as one batch: {str(error).splitlines()[0]} Pass strategy='loop'."
-        ) from error
-    return out.info.losses
+        ).info.losses
 
 
 def _best_rate(

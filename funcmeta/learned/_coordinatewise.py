@@ -1,5 +1,6 @@
 """One network for every coordinate of every tensor, run as one batch."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -99,9 +100,9 @@ class Coordinatewise(LearnedOptimizer):
         """The features of one tensor, [features, *shape], and its next slots."""
         return torch.stack([grad]), slots
 
+    @abstractmethod
     def decide(self, features: Tensor, hidden: Any, sizes: Sequence[int]) -> tuple[Tensor, Any]:
         """From [features, coordinates] to [outputs, coordinates], and the next memory; tensors have these sizes."""
-        raise NotImplementedError
 
     def act(self, outputs: Tensor, param: Tensor) -> Tensor:
         """The update of one tensor from the network's outputs for it, [outputs, *shape]."""

@@ -70,7 +70,8 @@ def save(optimizer: LearnedOptimizer, path: str | Path) -> None:
         content = safetensors.torch.save(tensors, {"funcmeta": VERSION, "kind": optimizer.kind, "config": config})
     except RuntimeError as error:
         raise ArgumentError(
-            f"{type(optimizer).__name__} has weights that safetensors does not write: {error}. Untie them."
+            f"{type(optimizer).__name__} has weights that safetensors does not write: "
+            f"{str(error).strip().splitlines()[0]} Untie them."
         ) from error
     with written(path) as file:
         file.write(content)

@@ -1,5 +1,6 @@
 """What a learned optimizer is, and how it becomes an inner optimizer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,7 +14,7 @@ from funcmeta.optim import Transform
 from funcmeta.optim._rule import check_gradients
 
 
-class LearnedOptimizer(nn.Module):
+class LearnedOptimizer(nn.Module, ABC):
     """A module that is an inner optimizer: a pure function of (parameter, gradient, state) → (update, state).
 
     u, state' = forward(θ, g, state); θ' = θ + u. Its own parameters are what meta-training learns; their number does
@@ -54,13 +55,13 @@ class LearnedOptimizer(nn.Module):
         self.kind = type(self).__name__
         self.config: dict[str, Any] = {}
 
+    @abstractmethod
     def init_state(self, param: Any) -> Any:
         """The state before the first step, a tree of tensors."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, param: Any, grad: Any, state: Any) -> tuple[Any, Any]:
         """The update, which is added to the parameter, and the next state."""
-        raise NotImplementedError
 
     def _get_name(self) -> str:
         """The name in what ``repr`` gives."""

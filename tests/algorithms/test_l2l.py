@@ -255,6 +255,12 @@ def test_nan_is_reported_with_its_step_and_skipped_only_when_asked() -> None:
     meta = build(wild).init()
     with pytest.raises(fm.NonFiniteError, match="step"):
         list(build(wild, steps=30).windows(meta, TASKS))
+    skipping = build(wild, steps=30, window=30, nonfinite="skip")
+    with (
+        pytest.warns(fm.NonFiniteWarning),
+        pytest.raises(fm.NonFiniteError, match=r"first window of the training of seed 7 is not finite\. Lower"),
+    ):
+        skipping.loss(meta, TASKS, seed=7)
     with pytest.warns(fm.NonFiniteWarning, match=r"rest of the training of seed 7 is skipped: .*step"):
         assert len(list(build(wild, steps=30, nonfinite="skip").windows(meta, TASKS, seed=7))) < 10
 

@@ -94,6 +94,14 @@ GOOD = {"funcmeta": "1", "kind": "linear", "config": json.dumps({"gradient": -0.
         ({"weight": torch.ones(3)}, {}, r"has weights .*float32\[3\].*, expected .*float32\[2\]"),
         ({"weight": torch.ones(2, dtype=torch.int64)}, {}, r"has weights .*int64\[2\]"),
         ({"other": torch.ones(2)}, {}, "has weights"),
+        (
+            {"log_lr": torch.ones(1), "logit_momentum": torch.ones(1).double()},
+            {
+                "kind": "hyperparameters",
+                "config": json.dumps({"shapes": {"a": [2]}, "lr": 0.1, "momentum": 0.5, "per": "all"}),
+            },
+            r"has weights .*float64\[1\]",
+        ),
         ({"weight": torch.tensor([1.0, torch.nan])}, {}, "NaN or infinite"),
         ({"weight": torch.ones(2)}, {"funcmeta": "99"}, "expected 'funcmeta': '1'"),
         ({"weight": torch.ones(2)}, {"config": '{"gradient": "a"}'}, "config from which no 'linear' can be made"),
@@ -134,7 +142,13 @@ def test_what_can_not_be_written_is_refused_and_leaves_nothing(tmp_path: Path) -
     strange.config = {"lr": torch.ones(1)}
     with pytest.raises(fm.ArgumentError, match=r"config of Own can not be written as JSON: .* Keep numbers"):
         learned.save(strange, tmp_path / "o")
+    tied = Own()
+    tied.other = tied.lr
+    with pytest.raises(fm.ArgumentError, match=r"weights that safetensors does not write: .* Untie them"):
+        learned.save(tied, tmp_path / "o")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(fm.DataError, match=r"is a folder\. Pass a file"):
+        learned.load(tmp_path)
 
 
 def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,3 +318,13 @@ def test_nothing_is_changed() -> None:
         transform.update(grads, first, params)
         assert all(torch.equal(old, leaf) for old, leaf in zip(kept, fm.tree.leaves(first), strict=True))
     assert all(torch.equal(before[name], param) for name, param in params.items())
+
+
+def test_a_subclass_without_its_functions_can_not_be_made() -> None:
+    class Half(fm.LearnedOptimizer):
+        def init_state(self, param: Tensor) -> tuple[()]:
+            return ()
+
+    for kind in (Half, learned.Coordinatewise):
+        with pytest.raises(TypeError, match="abstract"):
+            kind()
