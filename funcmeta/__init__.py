@@ -4,13 +4,14 @@ One inner step is ``state', info = step(meta, state, batch, seed)``. The library
 compares and checks the repetition of that function.
 """
 
-from funcmeta import algorithms, estimators, evaluation, learned, memory, optim, tasks, testing
+from funcmeta import algorithms, estimators, evaluation, learned, memory, optim, tasks, testing, training
 from funcmeta._errors import (
     ArgumentError,
     CapturedTensorError,
     CompileError,
     DataError,
     DetachedError,
+    DivergenceError,
     FallbackWarning,
     FuncmetaError,
     GraphError,
@@ -20,6 +21,7 @@ from funcmeta._errors import (
     NonFiniteError,
     NonFiniteWarning,
     ReplayError,
+    SaveError,
     StructureError,
     UnreachedLeafError,
 )
@@ -88,6 +90,7 @@ __all__ = [
     "Course",
     "DataError",
     "DetachedError",
+    "DivergenceError",
     "EvaluationRow",
     "EvolutionStrategies",
     "FallbackWarning",
@@ -118,6 +121,7 @@ __all__ = [
     "Reptile",
     "Reverse",
     "Revolve",
+    "SaveError",
     "Segments",
     "StepInfo",
     "StoreAll",
@@ -182,6 +186,7 @@ __all__ = [
     "testing",
     "to_torch_optim_state",
     "to_torchopt",
+    "training",
     "unroll",
     "unroll_batch",
     "value_and_grad",

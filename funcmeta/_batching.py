@@ -120,8 +120,8 @@ def stack(trees: Sequence[Tree]) -> Tree:
     return tree.map(lambda *column: torch.stack(column) if isinstance(column[0], Tensor) else column[0], *trees)
 
 
-def take(stacked: Tree, index: int) -> Tree:
-    """The tree of one task; a function of the step becomes the function that gives this task's batch."""
+def take(stacked: Tree, index: int | slice) -> Tree:
+    """The tree of one task, or of some; a function of the step becomes the function that gives their batch."""
 
     def part(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):

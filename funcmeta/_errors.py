@@ -178,6 +178,28 @@ class DataError(FuncmetaError, ValueError):
     """
 
 
+class SaveError(FuncmetaError, OSError):
+    """A file of a run could not be written; what was saved before is whole.
+
+    Examples:
+        >>> issubclass(SaveError, OSError)
+        True
+
+    Source: this library.
+    """
+
+
+class DivergenceError(FuncmetaError, ArithmeticError):
+    """Meta-training was told to stop where a meta-gradient is not finite or too large.
+
+    Examples:
+        >>> issubclass(DivergenceError, ArithmeticError)
+        True
+
+    Source: this library.
+    """
+
+
 class MissingExtraError(FuncmetaError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it.
 

@@ -19,7 +19,7 @@ import torch
 
 import funcmeta as fm
 
-MODULES = ("optim", "learned", "tasks", "algorithms", "testing", "memory", "estimators")
+MODULES = ("optim", "learned", "tasks", "algorithms", "testing", "memory", "estimators", "training")
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Examples|Source):(.*)$", re.MULTILINE)
 SINGULAR = re.compile(r"^(Example|Arguments|Parameters|Return|Raise|Sources|References?):", re.MULTILINE)
 

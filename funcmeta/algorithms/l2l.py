@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -30,6 +31,22 @@ Steps = int | tuple[int, int] | Callable[[int], int]
 """A number of steps; its bounds, between which it is drawn; or a function of the seed, for a curriculum."""
 
 
+class Begin(Protocol):
+    """Where the trainings of stacked tasks begin."""
+
+    def __call__(self, meta: Meta, tasks: Task, *, seed: int = 0) -> Carry | None:
+        """The carry before the first window; None where ``meta`` holds the initial parameters."""
+
+
+class Window(Protocol):
+    """One window of a training, and where to go on."""
+
+    def __call__(
+        self, meta: Meta, tasks: Task, *, seed: int = 0, carry: Carry | None = None
+    ) -> tuple[Tensor, Carry | None]:
+        """0-d loss, attached to ``meta``, and the carry of the next window; None after the last."""
+
+
 class Windows(Protocol):
     """The meta-losses of one training of the optimizees, window after window."""
 
@@ -38,7 +55,7 @@ class Windows(Protocol):
 
 
 class L2L(NamedTuple):
-    """A learned optimizer in training, as an ``Algorithm`` with three fields more.
+    """A learned optimizer in training, as an ``Algorithm`` with fields more.
 
     Attributes:
         init: () → meta, ``{"optimizer": weights}``, fresh leaves that require grad.
@@ -46,12 +63,15 @@ class L2L(NamedTuple):
         adapt: (meta, task, seed=0, evaluate=False) → predict, a fresh module trained by the learned optimizer.
         windows: (meta, tasks, seed=0) → the losses of the windows of a training, one by one, for a step of the outer
             optimizer after each.
+        begin: (meta, tasks, seed=0) → the carry before the first window.
+        window: (meta, tasks, seed=0, carry=None) → the loss of one window, and the carry of the next or None after the
+            last; what ``windows`` repeats, for those who keep the carry themselves.
         imitation: (meta, tasks, seed=0) → 0-d loss, how far the updates are from the teacher's in one window.
         problem: the training as a ``Problem``, for ``unroll``, ``check_meta_grad`` or ``horizon_report``.
 
     Examples:
         >>> L2L._fields
-        ('init', 'loss', 'adapt', 'windows', 'imitation', 'problem')
+        ('init', 'loss', 'adapt', 'windows', 'begin', 'window', 'imitation', 'problem')
 
     Source: this library.
     """
@@ -60,6 +80,8 @@ class L2L(NamedTuple):
     loss: MetaLoss
     adapt: Adapt
     windows: Windows
+    begin: Begin
+    window: Window
     imitation: MetaLoss
     problem: Problem
 
@@ -144,7 +166,7 @@ def build(
             f"optimizer is a {type(optimizer).__name__}, expected a LearnedOptimizer. Pass funcmeta.learned.lstm()."
         )
     length_of = _length(steps)
-    begin = None if learn_start else start or fresh_start(module)
+    drawn = None if learn_start else start or fresh_start(module)
     names = {"optimizer", "params"} if learn_start else {"optimizer"}
     model, _, _ = functionalize(module)
 
@@ -156,7 +178,7 @@ def build(
         judge = inner_problem(module, loss_fn, optimizer=scaled, train=train).meta_loss if judged else None
 
         def init(meta: Meta, task: Task, seed: int) -> object:
-            given = meta if begin is None or "params" in meta else {**meta, "params": begin(seed)}
+            given = meta if drawn is None or "params" in meta else {**meta, "params": drawn(seed)}
             return made.init(given, task, seed)
 
         return Problem(init, made.step, judge)
@@ -172,7 +194,7 @@ def build(
         imitated = taught._replace(meta_loss=lambda meta, state, query, seed: mismatch(state.opt_state))
 
     def fresh(problem: Problem, meta: Meta, tasks: Task, seed: int) -> Carry | None:
-        return None if begin is None else carry_of(problem, meta, tasks, seed, begin)
+        return None if drawn is None else carry_of(problem, meta, tasks, seed, drawn)
 
     def check_meta(meta: Meta) -> None:
         if not isinstance(meta, Mapping) or meta.keys() != names:
@@ -188,30 +210,46 @@ def build(
             raise NonFiniteError(f"The first window of the training of seed {seed} is not finite. Lower the updates.")
         return torch.stack(losses).sum()
 
-    def windows(meta: Meta, tasks: Task, *, seed: int = 0) -> Iterator[Tensor]:
+    def begin(meta: Meta, tasks: Task, *, seed: int = 0) -> Carry | None:
         check_meta(meta)
-        problem = unjudged if tasks.query is None else judged
-        carry = fresh(problem, meta, tasks, seed)
-        for length in _parts(length_of(seed), window, least=2 if tasks.query is None else 1):
+        return fresh(unjudged, meta, tasks, seed)
+
+    def window_of(meta: Meta, tasks: Task, *, seed: int = 0, carry: Carry | None = None) -> tuple[Tensor, Carry | None]:
+        check_meta(meta)
+        judge = tasks.query is not None
+        ends = list(accumulate(_parts(length_of(seed), window, least=1 if judge else 2)))
+        begun = carry.step if carry else 0
+        if begun not in (0, *ends[:-1]):
+            raise ArgumentError(
+                f"carry is at step {begun} of the training of seed {seed}, whose windows begin at {[0, *ends[:-1]]}. "
+                f"Pass what window or begin returned for the same seed."
+            )
+        end = next(each for each in ends if each > begun)
+        out = unroll_batch(
+            judged if judge else unjudged,
+            meta,
+            tasks,
+            steps=end - begun,
+            strategy=strategy,
+            estimator=estimator,
+            memory=memory,
+            seed=seed,
+            carry=carry,
+        )
+        return out.loss, out.carry if end < ends[-1] else None
+
+    def windows(meta: Meta, tasks: Task, *, seed: int = 0) -> Iterator[Tensor]:
+        carry, going_on = begin(meta, tasks, seed=seed), True
+        while going_on:
             try:
-                out = unroll_batch(
-                    problem,
-                    meta,
-                    tasks,
-                    steps=length,
-                    strategy=strategy,
-                    estimator=estimator,
-                    memory=memory,
-                    seed=seed,
-                    carry=carry,
-                )
+                value, carry = window_of(meta, tasks, seed=seed, carry=carry)
             except NonFiniteError as error:
                 if nonfinite == "raise":
                     raise
                 warnings.warn(f"The rest of the training of seed {seed} is skipped: {error}", NonFiniteWarning, 2)
                 return
-            carry = out.carry
-            yield out.loss
+            going_on = carry is not None
+            yield value
 
     def imitation(meta: Meta, tasks: Task, *, seed: int = 0) -> Tensor:
         if imitated is None:
@@ -234,7 +272,7 @@ def build(
             state = unroll(plain, tree.detach(meta), task, steps=length_of(seed), seed=seed).state
         return Predict(model, state.params, state.buffers, train=False if evaluate else train)
 
-    return L2L(init, loss, adapt, windows, imitation, unjudged)
+    return L2L(init, loss, adapt, windows, begin, window_of, imitation, unjudged)
 
 
 def _parts(steps: int, window: int, *, least: int) -> list[int]:

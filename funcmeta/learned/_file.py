@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from funcmeta._errors import ArgumentError, DataError
-from funcmeta._files import written
+from funcmeta._files import tensors_in, written
 from funcmeta.learned._gates import gates
 from funcmeta.learned._hierarchical import hierarchical
 from funcmeta.learned._hyperparameters import _Hyperparameters
@@ -100,17 +100,7 @@ def load(path: str | Path, *, make: Callable[..., LearnedOptimizer] | None = Non
     Source: the safetensors format (https://huggingface.co/docs/safetensors).
     """
     path = Path(path)
-    if not path.is_file():
-        missing = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {missing}. Pass a file that learned.save wrote.")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise DataError(
-            f"{path} can not be read as safetensors: {error}. Pass a file that learned.save wrote."
-        ) from error
+    about, tensors = tensors_in(path, advice="Pass a file that learned.save wrote.")
     if about.get("funcmeta") != VERSION:
         raise DataError(
             f"{path} is a safetensors file with metadata {about}, expected 'funcmeta': '{VERSION}'. Pass a file that "

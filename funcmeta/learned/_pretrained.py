@@ -13,8 +13,8 @@ def pretrained(name: str = "lstm_quadratics") -> LearnedOptimizer:
     """A learned optimizer whose meta-training is done.
 
     ``lstm_quadratics`` is ``lstm()``, trained on random quadratics in 10 dimensions, 100 steps from a standard normal
-    start, by ``examples/published/l2l.py --task quadratics --seed 0`` (700 batches of 64 tasks). ``docs/learned.md`` tells
-    how far it gets.
+    start, by ``examples/published/l2l.py --task quadratics --seed 0`` (700 batches of 64 tasks). ``docs/learned.md``
+    tells how far it gets.
 
     Args:
         name: "lstm_quadratics".

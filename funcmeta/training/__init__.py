@@ -1,0 +1,21 @@
+"""Meta-training as people run it: resumable, on several processes, watched."""
+
+from funcmeta.training._evaluation import Evaluation, Mean, Validation, evaluate
+from funcmeta.training._fit import Fitted, fit
+from funcmeta.training._folder import Folder, Record
+from funcmeta.training._meta_file import load, save
+from funcmeta.training._run import Alarm
+
+__all__ = [
+    "Alarm",
+    "Evaluation",
+    "Fitted",
+    "Folder",
+    "Mean",
+    "Record",
+    "Validation",
+    "evaluate",
+    "fit",
+    "load",
+    "save",
+]

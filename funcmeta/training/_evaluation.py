@@ -1,0 +1,127 @@
+"""Judge what was learned on tasks that were held out."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcmeta import rng
+from funcmeta._check import check_count
+from funcmeta._typing import Meta
+from funcmeta.tasks import Sampler
+from funcmeta.training._objective import Objective, Score, objective
+from funcmeta.training._ranks import Ranks
+
+
+class Mean(NamedTuple):
+    """A mean over tasks with its 95 % interval.
+
+    Attributes:
+        value: the mean.
+        margin: half the width of the interval, by the normal approximation.
+
+    Examples:
+        >>> f"{Mean(0.7983, 0.0261)}"
+        '0.798 ± 0.026'
+
+    Source: this library.
+    """
+
+    value: float
+    margin: float
+
+    def __format__(self, sign: str) -> str:
+        """Both, to three decimals; ``+`` shows the sign."""
+        return f"{self.value:{sign}.3f} ± {self.margin:.3f}"
+
+    @classmethod
+    def of(cls, scores: Tensor) -> "Mean":
+        """The mean of scores [tasks], at least two."""
+        return cls(scores.mean().item(), 1.96 * scores.std().item() / math.sqrt(len(scores)))
+
+
+class Evaluation(NamedTuple):
+    """The scores of held-out tasks.
+
+    Attributes:
+        scores: [tasks], float64.
+        mean: their ``Mean``.
+
+    Examples:
+        >>> Evaluation(torch.ones(4), Mean(1.0, 0.0)).mean.value
+        1.0
+
+    Source: this library.
+    """
+
+    scores: Tensor
+    mean: Mean
+
+
+class Validation(NamedTuple):
+    """Held-out tasks on which a training is judged on its way.
+
+    Attributes:
+        tasks: a sampler of held-out tasks; the same ones each time.
+        every: outer steps between two validations; there is one before the first step and one after the last, too.
+        number: tasks that are judged on, at least 2.
+        score: (predict, task) → number, of the module after it was adapted to the task; None: the algorithm's loss.
+        higher_is_better: whether a score is to be high; a loss is to be low.
+        patience: end the training when so many validations in a row brought nothing better; None: never.
+
+    Examples:
+        >>> Validation(fm.tasks.sinusoids(), every=100, patience=5).number
+        20
+
+    Source: this library.
+    """
+
+    tasks: Sampler
+    every: int = 50
+    number: int = 20
+    score: Score | None = None
+    higher_is_better: bool = False
+    patience: int | None = None
+
+
+def evaluate(
+    algorithm: Any, meta: Meta, tasks: Sampler, *, number: int = 100, score: Score | None = None, seed: int = 0
+) -> Evaluation:
+    """Judge what was learned on held-out tasks, one after the other, without a graph.
+
+    Args:
+        algorithm: what ``algorithms.<name>.build`` returned.
+        meta: what was learned.
+        tasks: a sampler of held-out tasks; for a language model one of streams.
+        number: how many tasks, at least 2.
+        score: (predict, task) → number, of the module after ``algorithm.adapt``; None: the algorithm's loss, and for a
+            language model the mean loss over a stream's words.
+        seed: integer from which the tasks follow.
+
+    Returns:
+        The ``Evaluation``: the score of each task, and their mean with a 95 % interval.
+
+    Raises:
+        ArgumentError: ``number`` is below 2, the algorithm is none, or a language model is given a ``score``.
+
+    Examples:
+        >>> def loss(meta, predict, batch):
+        ...     x, y = batch
+        ...     return ((predict(x) - y) ** 2).mean()
+        >>> algorithm = fm.maml.build(torch.nn.Linear(1, 1), loss, steps=1, lr=0.01)
+        >>> evaluate(algorithm, algorithm.init(), fm.tasks.sinusoids(), number=3).scores.shape
+        torch.Size([3])
+
+    Source: this library.
+    """
+    check_count("number", number, least=2, advice="Pass e.g. number=100.")
+    return judged(objective(algorithm, tasks), meta, number, score, seed, Ranks())
+
+
+def judged(objective: Objective, meta: Meta, number: int, score: Score | None, seed: int, ranks: Ranks) -> Evaluation:
+    """The tasks are shared among the processes, each of which returns the scores of all."""
+    own = [objective.judge(meta, rng.fold(seed, 1, index), score) for index in range(ranks.rank, number, ranks.number)]
+    parts = ranks.gathered(own)
+    scores = torch.tensor([parts[index % ranks.number][index // ranks.number] for index in range(number)]).double()
+    return Evaluation(scores, Mean.of(scores))

@@ -1,0 +1,215 @@
+"""Any algorithm as a meta-training sees it: a loss of tasks, perhaps in windows that hand on a carry."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from funcmeta import tree
+from funcmeta._batching import take
+from funcmeta._errors import ArgumentError
+from funcmeta._typing import Meta
+from funcmeta.algorithms import Algorithm, dynamic_lm, l2l
+from funcmeta.estimators import Particles
+from funcmeta.problem import Predict
+from funcmeta.tasks import Sampler, Task
+from funcmeta.tasks._task import seeds, unstack
+from funcmeta.unroll import Carry
+
+Score = Callable[[Predict, Task], Tensor | float]
+Spread = Literal["tasks", "particles"]
+
+
+class Objective(Protocol):
+    """What an outer step minimizes. A batch is what ``sample`` returned, a carry what ``loss`` did."""
+
+    def sample(self, seed: int, batch_size: int) -> Any:
+        """The batch of this seed."""
+
+    def begin(self, meta: Meta, batch: Any, seed: int) -> Any:
+        """The carry before the first window."""
+
+    def loss(self, meta: Meta, batch: Any, seed: int, carry: Any) -> tuple[Tensor, Any]:
+        """The 0-d loss of a window, and the carry of the next; None when the batch is done."""
+
+    def part_of_batch(self, batch: Any, rows: slice) -> Any:
+        """Some of the tasks."""
+
+    def part_of_carry(self, carry: Any, rank: int, ranks: int) -> Any:
+        """What one of several processes goes on with."""
+
+    def joined(self, carries: list[Any]) -> Any:
+        """The carry of all from those of the processes."""
+
+    def judge(self, meta: Meta, seed: int, score: Score | None) -> float:
+        """The score of one held-out task; the loss when no score is given."""
+
+
+def objective(algorithm: Any, tasks: Sampler, spread: Spread = "tasks") -> Objective:
+    """The objective of any of the library's algorithms on tasks of a sampler."""
+    if isinstance(algorithm, dynamic_lm.DynamicLanguageModel):
+        return _Streams(algorithm, tasks)
+    if isinstance(algorithm, l2l.L2L):
+        return _Windows(algorithm, tasks, spread)
+    if all(callable(getattr(algorithm, name, None)) for name in Algorithm._fields):
+        return _Whole(algorithm, tasks)
+    raise ArgumentError(
+        f"algorithm is a {type(algorithm).__name__}, expected what algorithms.<name>.build(...) returns. Pass an "
+        f"Algorithm(init, loss, adapt) of your own for anything else."
+    )
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Algorithms whose loss is that of whole inner trainings."""
+
+    algorithm: Algorithm
+    tasks: Sampler
+
+    def sample(self, seed: int, batch_size: int) -> Task:
+        return self.tasks.sample_batch(seed, batch_size)
+
+    def begin(self, meta: Meta, batch: Task, seed: int) -> None:
+        return None
+
+    def loss(self, meta: Meta, batch: Task, seed: int, carry: None) -> tuple[Tensor, None]:
+        return self.algorithm.loss(meta, batch, seed=seed), None
+
+    def part_of_batch(self, batch: Task, rows: slice) -> Task:
+        support, query = take(tuple(batch[:2]), rows)
+        return Task(support, query, batch.spec[rows] if isinstance(batch.spec, tuple) else batch.spec)
+
+    def part_of_carry(self, carry: Any, rank: int, ranks: int) -> Any:
+        return carry
+
+    def joined(self, carries: list[Any]) -> Any:
+        return carries[0]
+
+    def judge(self, meta: Meta, seed: int, score: Score | None) -> float:
+        one = self.tasks.sample_batch(seed, 1)
+        if score is None:
+            with torch.no_grad():
+                return self.algorithm.loss(meta, one, seed=seed).item()
+        task = unstack(one, 0)
+        with torch.no_grad():
+            return float(score(self.algorithm.adapt(meta, task, seed=seed), task))
+
+
+@dataclass(frozen=True)
+class _Windows(_Whole):
+    """Learned optimizers, whose trainings go on from window to window."""
+
+    algorithm: l2l.L2L  # type: ignore[assignment]
+    spread: Spread = "tasks"
+
+    def begin(self, meta: Meta, batch: Task, seed: int) -> Carry | None:  # type: ignore[override]
+        return self.algorithm.begin(meta, batch, seed=seed)
+
+    def loss(self, meta: Meta, batch: Task, seed: int, carry: Carry | None) -> tuple[Tensor, Carry | None]:  # type: ignore[override]
+        return self.algorithm.window(meta, batch, seed=seed, carry=carry)
+
+    def part_of_carry(self, carry: Carry | None, rank: int, ranks: int) -> Carry | None:
+        if carry is None:
+            return None
+        state, particles = carry.state, carry.particles
+        if self.spread == "tasks":
+            state = _rows(state, 0, rank, ranks)
+            if particles and ranks > 1:
+                _check_one_batch(particles)
+                particles = particles._replace(states=_rows(particles.states, 1, rank, ranks))
+        elif particles and ranks > 1:
+            _check_one_batch(particles)
+            signs = tree.map(_both_signs, particles.states)
+            states = tree.map(_one_row, _rows(signs, 1, rank, ranks))
+            particles = Particles(states, _rows(particles.sums, 0, rank, ranks))
+        return Carry(state, carry.step, particles)
+
+    def joined(self, carries: list[Carry | None]) -> Carry | None:
+        first, particles = carries[0], [each.particles for each in carries if each and each.particles]
+        if first is None or len(carries) == 1:
+            return first
+        if self.spread == "tasks":
+            state = _cat([each.state for each in carries if each], 0)
+            joined = particles[0]._replace(states=_cat([each.states for each in particles], 1)) if particles else None
+            return Carry(state, first.step, joined)
+        if not particles:
+            return first
+        signs = _cat([tree.map(_both_signs, each.states) for each in particles], 1)
+        return first._replace(
+            particles=Particles(tree.map(_one_row, signs), _cat([each.sums for each in particles], 0))
+        )
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Language models that learn while they read: each task is a stream, which is read from window to window."""
+
+    algorithm: dynamic_lm.DynamicLanguageModel
+    tasks: Any
+
+    def sample(self, seed: int, batch_size: int) -> list[Task]:
+        return [self.tasks.sample(each) for each in seeds(seed, batch_size)]
+
+    def begin(self, meta: Meta, batch: list[Task], seed: int) -> None:
+        return None
+
+    def loss(self, meta: Meta, batch: list[Task], seed: int, carry: list[Carry] | None) -> tuple[Tensor, Any]:
+        carries: list[Any] = [None] * len(batch) if carry is None else carry
+        outs = [self.algorithm.loss(meta, task, carry=own) for task, own in zip(batch, carries, strict=True)]
+        done = all(out.carry.step == len(task.spec) for out, task in zip(outs, batch, strict=True))
+        return torch.stack([out.loss for out in outs]).mean(), None if done else [out.carry for out in outs]
+
+    def part_of_batch(self, batch: list[Task], rows: slice) -> list[Task]:
+        return batch[rows]
+
+    def part_of_carry(self, carry: list[Carry] | None, rank: int, ranks: int) -> list[Carry] | None:
+        return None if carry is None else carry[_share(len(carry), rank, ranks)]
+
+    def joined(self, carries: list[list[Carry] | None]) -> list[Carry] | None:
+        return None if carries[0] is None else [each for part in carries for each in part or ()]
+
+    def judge(self, meta: Meta, seed: int, score: Score | None) -> float:
+        if score is not None:
+            raise ArgumentError("score is given, but a language model is judged by its loss. Leave score out.")
+        return torch.cat(self.algorithm.adapt(meta, self.tasks.sample(seed)).losses).mean().item()
+
+
+def _check_one_batch(particles: Particles) -> None:
+    """Raise unless the particles come first, as where stacked tasks run as one batch."""
+    pairs = particles.sums[0].shape[0]
+    if any(leaf.shape[0] != 2 * pairs for leaf in tree.tensors(particles.states)):
+        raise ArgumentError(
+            "The particles of stacked tasks were made task by task, and can not be shared among processes. Build the "
+            "algorithm with strategy='vmap'."
+        )
+
+
+def _share(number: int, rank: int, ranks: int) -> slice:
+    """The part of a rank when a number of things, which the ranks divide, is shared."""
+    return slice(rank * number // ranks, (rank + 1) * number // ranks)
+
+
+def _rows(value: Any, dim: int, rank: int, ranks: int) -> Any:
+    def part(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        rows = _share(leaf.shape[dim], rank, ranks)
+        return leaf.narrow(dim, rows.start, rows.stop - rows.start)
+
+    return tree.map(part, value)
+
+
+def _cat(values: list[Any], dim: int) -> Any:
+    return tree.map(lambda *column: torch.cat(column, dim) if isinstance(column[0], Tensor) else column[0], *values)
+
+
+def _both_signs(leaf: Any) -> Any:
+    """[2 · pairs, ...] as [2, pairs, ...]."""
+    return leaf.reshape(2, -1, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf
+
+
+def _one_row(leaf: Any) -> Any:
+    """[2, pairs, ...] as [2 · pairs, ...]."""
+    return leaf.flatten(0, 1) if isinstance(leaf, Tensor) else leaf

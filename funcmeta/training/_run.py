@@ -1,0 +1,274 @@
+"""The state of a meta-training: one outer step after the other, and all that the rest depends on."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcmeta import rng, tree
+from funcmeta._errors import ArgumentError, DivergenceError, NonFiniteError
+from funcmeta._typing import Meta
+from funcmeta.training._evaluation import Validation, judged
+from funcmeta.training._folder import Record, finite
+from funcmeta.training._objective import Objective, Spread
+from funcmeta.training._ranks import Averaged, Ranks
+
+Optimizer = torch.optim.Optimizer
+Scheduler = torch.optim.lr_scheduler.LRScheduler
+
+HOPELESS = 100
+"""Steps in a row that may be left out before a training ends all the same."""
+
+
+class Alarm(NamedTuple):
+    """What to do about a meta-gradient that is not finite, or larger than a limit.
+
+    Attributes:
+        action: "stop" raises ``DivergenceError``; "skip" leaves the step out; "lower" leaves it out and halves the
+            outer learning rate from then on.
+        limit: norm of the meta-gradient, before clipping, above which it counts as exploding.
+
+    Examples:
+        >>> Alarm("skip", limit=100.0).action
+        'skip'
+
+    Source: this library.
+    """
+
+    action: Literal["stop", "skip", "lower"] = "stop"
+    limit: float = math.inf
+
+
+class Plan(NamedTuple):
+    """What a training is told, apart from what it trains."""
+
+    seed: int
+    batch_size: int
+    accumulate: int
+    clip: float | None
+    alarm: Alarm
+    validation: Validation | None
+    spread: Spread
+
+
+class _Best(NamedTuple):
+    """The best that validation saw."""
+
+    score: float
+    step: int
+    meta: Meta
+
+
+@dataclass
+class _Lane:
+    """One of the batches that a step averages over: its number, and where in it the training is."""
+
+    number: int
+    carry: Any = None
+    batch: Any = field(default=None, repr=False)
+
+
+class Run:
+    """All that changes during a training."""
+
+    def __init__(
+        self,
+        aim: Objective,
+        meta: Meta,
+        optimizer: Callable[[Meta], Optimizer],
+        scheduler: Callable[[Optimizer], Scheduler] | None,
+        plan: "Plan",
+        ranks: Ranks,
+    ) -> None:
+        self.meta, self.validation, self.ranks = meta, plan.validation, ranks
+        self._aim, self._plan = aim, plan
+        self._learned = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
+        self._optimizer = optimizer(meta)
+        if not isinstance(self._optimizer, Optimizer):
+            raise ArgumentError(
+                f"optimizer returned a {type(self._optimizer).__name__}, expected an optimizer of torch. Pass e.g. "
+                f"lambda meta: torch.optim.Adam(meta['params'].values(), lr=1e-3)."
+            )
+        self._scheduler = scheduler(self._optimizer) if scheduler else None
+        if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ArgumentError(
+                "scheduler made a ReduceLROnPlateau, which waits for a score that fit does not give it. Pass another, "
+                "or alarm=Alarm('lower')."
+            )
+        self._loss = Averaged(aim, meta, ranks)
+        self.step, self.alarms, self.lanes = 0, 0, [_Lane(number) for number in range(plan.accumulate)]
+        self.best: _Best | None = None
+        self.begun = False
+        self._factor, self._in_a_row, self._stale = 1.0, 0, 0
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the first group."""
+        return float(self._optimizer.param_groups[0]["lr"]) * self._factor
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether validation has lost its patience."""
+        patience = self.validation.patience if self.validation else None
+        return patience is not None and self._stale >= patience
+
+    def advance(self) -> Record:
+        """One outer step."""
+        began, rate = time.perf_counter(), self.rate
+        with rng.forked(rng.fold(self._plan.seed, 2, self.step)):
+            loss, norm, alarm = self._gradients()
+        self.step += 1
+        if alarm is None:
+            self._in_a_row = 0
+            self._update()
+        else:
+            self.alarms, self._in_a_row = self.alarms + 1, self._in_a_row + 1
+            self._trouble(alarm)
+        if self._scheduler:
+            self._scheduler.step()
+        return Record(self.step, finite(loss), finite(norm), rate, time.perf_counter() - began, alarm)
+
+    def validated(self, record: Record) -> Record:
+        """The record with the score on held-out tasks; the best meta is kept."""
+        plan = self.validation
+        assert plan is not None
+        mean = judged(self._aim, tree.detach(self.meta), plan.number, plan.score, self._plan.seed, self.ranks).mean
+        score = mean.value
+        better = self.best is None or ((score > self.best.score) is plan.higher_is_better and score != self.best.score)
+        if better and math.isfinite(score):
+            self.best, self._stale = _Best(score, self.step, tree.map(torch.clone, tree.detach(self.meta))), 0
+        else:
+            self._stale += 1
+        return record._replace(validation=mean)
+
+    def learned(self) -> Meta:
+        """A copy of the best meta that validation saw; of the present one without validation."""
+        found = self.meta if self.best is None else self.best.meta
+        return tree.map(lambda leaf, own: leaf.detach().clone().requires_grad_(own.requires_grad), found, self.meta)
+
+    def carries(self) -> list[Any]:
+        """The carries of all processes, lane by lane; every process has to ask."""
+        if self.ranks.number == 1 or all(lane.carry is None for lane in self.lanes):
+            return [lane.carry for lane in self.lanes]
+        return [self._aim.joined(self.ranks.gathered(lane.carry)) for lane in self.lanes]
+
+    def saved(self, carries: list[Any]) -> dict[str, Any]:
+        """Everything that the rest of the run depends on."""
+        return {
+            "settings": self._settings(),
+            "step": self.step,
+            "meta": self.meta,
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler and self._scheduler.state_dict(),
+            "lanes": [[lane.number, carry] for lane, carry in zip(self.lanes, carries, strict=True)],
+            "best": self.best and list(self.best),
+            "stale": self._stale,
+            "alarms": [self.alarms, self._in_a_row, self._factor],
+        }
+
+    def restore(self, found: dict[str, Any]) -> None:
+        """Go back to where ``saved`` was asked."""
+        mine, theirs = self._settings(), found["settings"]
+        other = [
+            f"{name} {theirs.get(name)!r}, now {mine.get(name)!r}" for name in mine if theirs.get(name) != mine[name]
+        ]
+        if other:
+            raise ArgumentError(
+                f"The run was begun with other settings: {'; '.join(other)}. Resume it as it was begun, or begin "
+                f"another in its own folder."
+            )
+        tree.check_same(self.meta, found["meta"], name="the checkpoint's meta", advice="It is of another model.")
+        with torch.no_grad():
+            tree.map(lambda leaf, saved: leaf.copy_(saved), self.meta, found["meta"])
+        self._optimizer.load_state_dict(found["optimizer"])
+        if self._scheduler:
+            self._scheduler.load_state_dict(found["scheduler"])
+        here = next(iter(self._learned)).device
+        self.begun = True
+        self.step, self._stale = found["step"], found["stale"]
+        self.alarms, self._in_a_row, self._factor = found["alarms"]
+        self.best = found["best"] and _Best(*found["best"])
+        for lane, (number, carry) in zip(self.lanes, found["lanes"], strict=True):
+            moved = tree.map(lambda leaf: leaf.to(here) if isinstance(leaf, Tensor) else leaf, carry)
+            lane.number, lane.carry = number, self._aim.part_of_carry(moved, self.ranks.rank, self.ranks.number)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "seed": self._plan.seed,
+            "batch_size": self._plan.batch_size,
+            "accumulate": self._plan.accumulate,
+            "clip": self._plan.clip,
+            "optimizer": type(self._optimizer).__name__,
+            "scheduler": self._scheduler and type(self._scheduler).__name__,
+        }
+
+    def _gradients(self) -> tuple[float, float, str | None]:
+        """Leave the mean meta-gradient on ``meta``. Returns mean loss, norm, and what is wrong if anything."""
+        self._optimizer.zero_grad()
+        total, trouble = 0.0, None
+        for place, lane in enumerate(self.lanes):
+            with self._loss.apart(place + 1 < len(self.lanes)):
+                loss, error = self._forward(lane)
+                errors = self.ranks.gathered(error)
+                trouble = next((each for each in errors if each), None)
+                if trouble:
+                    break
+                assert loss is not None
+                (loss / len(self.lanes)).backward()  # type: ignore[no-untyped-call]
+            total += sum(self.ranks.gathered(loss.item())) / self.ranks.number / len(self.lanes)
+        if trouble:
+            for lane in self.lanes:  # the trainings that led here are given up
+                self._next(lane)
+            return math.nan, math.nan, trouble
+        norm = torch.nn.utils.clip_grad_norm_(self._learned, self._plan.clip or math.inf).item()
+        if not math.isfinite(norm):
+            trouble = "The meta-gradient is not finite."
+        elif norm > self._plan.alarm.limit:
+            trouble = f"The meta-gradient has the norm {norm:.3g}, above the limit of {self._plan.alarm.limit:g}."
+        return total, norm, trouble
+
+    def _forward(self, lane: _Lane) -> tuple[Tensor | None, str | None]:
+        if lane.batch is None:
+            self._fill(lane)
+        try:
+            loss, carry = self._loss(lane.batch, lane.number, lane.carry)
+        except NonFiniteError as error:
+            return None, str(error)
+        lane.carry = carry
+        if carry is None:
+            self._next(lane)
+        return loss, None
+
+    def _fill(self, lane: _Lane) -> None:
+        """Sample the lane's batch, and keep the part of this process."""
+        whole = self._aim.sample(rng.fold(self._plan.seed, 0, lane.number), self._plan.batch_size)
+        rank, ranks = self.ranks.rank, self.ranks.number
+        if lane.carry is None:
+            lane.carry = self._aim.part_of_carry(self._aim.begin(self.meta, whole, lane.number), rank, ranks)
+        share = self._plan.batch_size // ranks
+        rows = slice(rank * share, (rank + 1) * share)
+        lane.batch = whole if self._plan.spread == "particles" else self._aim.part_of_batch(whole, rows)
+
+    def _next(self, lane: _Lane) -> None:
+        lane.number, lane.carry, lane.batch = lane.number + len(self.lanes), None, None
+
+    def _update(self) -> None:
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * self._factor
+        self._optimizer.step()
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _trouble(self, alarm: str) -> None:
+        if self._plan.alarm.action == "stop" or self._in_a_row >= HOPELESS:
+            raise DivergenceError(
+                f"Outer step {self.step}: {alarm} It is alarm {self.alarms} of this run. Lower the outer or inner "
+                f"learning rate, or clip; or pass alarm=Alarm('skip') or Alarm('lower') to go on without such steps."
+            )
+        if self._plan.alarm.action == "lower":
+            self._factor /= 2
