@@ -1,5 +1,8 @@
 """The commands and their options."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from funcmeta._check import check_choice
 from funcmeta._errors import FuncmetaError
 from funcmeta.cli._options import Options
 from funcmeta.cli._run import run
+from funcmeta.cli._settings import ALGORITHMS, Settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -60,12 +65,111 @@ def compare(
     default = 0.01 if data == "sinusoids" else 0.1
     options = Options(**{**given, "dtype": dtype.value, "lr": default if lr is None else lr})
     console = Console()
-    try:
+    with _errors():
         report = run(options, console)
         report.show(console)
         report.save(out)
+    written = f"Wrote {out / 'compare.png'} and {out / 'compare.json'} after {report.seconds:.0f} s."
+    console.print(written, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    algorithm: Annotated[str | None, typer.Argument(help=f"One of {', '.join(ALGORITHMS)}.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("run"),
+    config: Annotated[Path | None, typer.Option(help="A TOML file with settings; options come before it.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, if any.")] = False,
+    damaged: Annotated[
+        str, typer.Option(help="If the newest checkpoint can not be read: raise, or take the previous one.")
+    ] = "raise",
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write curves for TensorBoard, too.")] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="glyphs, omniglot:PATH or sinusoids; quadratics for l2l; pydoc, wikipedia[:DUMP] or wikitext:FOLDER "
+            "for dynamic_lm."
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="conv4 or mlp.")] = None,
+    ways: Annotated[int | None, typer.Option(help="Classes a task. 5.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Support examples a class. 1; 10 for sinusoids.")] = None,
+    queries: Annotated[int | None, typer.Option(help="Query examples a class. 5; 10 for sinusoids.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels a side of an image. 16.")] = None,
+    filters: Annotated[int | None, typer.Option(help="Channels of each block of conv4. 32.")] = None,
+    inner_steps: Annotated[int | None, typer.Option(help="5; reptile 10, meta_lstm 8, l2l 100.")] = None,
+    inner_lr: Annotated[float | None, typer.Option(help="0.1; reptile 0.05, sinusoids 0.01.")] = None,
+    estimator: Annotated[
+        str | None, typer.Option(help="second, first, mixed, truncated:STEPS, es:SIGMA:PAIRS or pes:SIGMA:PAIRS.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="store, segments[:LENGTH] or revolve:SNAPSHOTS.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="How the tasks of a batch are run: vmap or loop. vmap.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="l2l: linear, lstm, rnnprop, mlp or hierarchical. lstm.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="l2l, dynamic_lm: steps of a window. 20.")] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="dynamic_lm: words at most. 2000.")] = None,
+    width: Annotated[int | None, typer.Option(help="dynamic_lm: units of the language model. 64.")] = None,
+    segment: Annotated[int | None, typer.Option(help="dynamic_lm: words of a step. 20.")] = None,
+    static_epochs: Annotated[int | None, typer.Option(help="dynamic_lm: epochs of the static model. 6.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Outer steps in all. 1000.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Tasks a batch, over all processes. 4; l2l 32.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches whose mean gradient makes a step. 1.")] = None,
+    meta_lr: Annotated[float | None, typer.Option(help="Outer learning rate (Adam). 0.001; others 0.01.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Outer learning rate: constant or cosine.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of a meta-gradient; 0: any. 0; l2l 1.")] = None,
+    alarm: Annotated[
+        str | None, typer.Option(help="At a meta-gradient that is not finite or explodes: stop, skip or lower.")
+    ] = None,
+    limit: Annotated[float | None, typer.Option(help="Norm above which one explodes; 0: any is good.")] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between validations; 0: none. 100.")] = None,
+    validation_tasks: Annotated[int | None, typer.Option(help="Held-out tasks of a validation. 40.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="End after so many validations that are no best; 0: never.")
+    ] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. 100.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Everything random follows from it. 0.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float64, or bfloat16: autocast in the inner loss.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch in each process. 1.")] = None,
+) -> None:
+    """Meta-train, resumably: settings, checkpoints, a log and what was learned go into a folder.
+
+    Started by torchrun (python -m torch.distributed.run --nproc-per-node N -m funcmeta train ...), the processes share
+    the tasks of each batch. SIGTERM and Ctrl-C end the run after its step, with a checkpoint.
+    """
+    from funcmeta.cli import _train
+
+    given = {name: value for name, value in locals().items() if name in _SETTINGS and value is not None}
+    with _errors():
+        status = _train.train(given, config, out, resume=resume, damaged=damaged, tensorboard=tensorboard)
+    if status:
+        raise typer.Exit(status)
+
+
+_SETTINGS = frozenset(each.name for each in fields(Settings))
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    part: Annotated[str, typer.Option(help="Which tasks: train, validation or test.")] = "test",
+    number: Annotated[int, typer.Option(min=2, help="How many.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="The tasks follow from it.")] = 0,
+) -> None:
+    """Judge what a run learned on held-out tasks, beside what it began with. Writes evaluation.json and report.html."""
+    from funcmeta.cli import _train
+
+    with _errors():
+        check_choice("part", part, ("train", "validation", "test"))
+        _train.judge(folder, part=part, number=number, seed=seed)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Say an error of the library in a line, and leave with status 2."""
+    try:
+        yield
     except FuncmetaError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
-    written = f"Wrote {out / 'compare.png'} and {out / 'compare.json'} after {report.seconds:.0f} s."
-    console.print(written, highlight=False, soft_wrap=True)

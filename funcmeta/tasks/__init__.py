@@ -3,7 +3,7 @@
 from funcmeta.tasks._few_shot import FewShot
 from funcmeta.tasks._task import Sampler, Task, stack
 from funcmeta.tasks.articles import Article, pydoc_articles, wikipedia_articles, wikitext_articles
-from funcmeta.tasks.corpus import Corpus, corpus, split
+from funcmeta.tasks.corpus import Corpus, Streams, corpus, split
 from funcmeta.tasks.glyphs import glyphs
 from funcmeta.tasks.mnist1d import mnist1d
 from funcmeta.tasks.omniglot import omniglot, omniglot_runs
@@ -15,6 +15,7 @@ __all__ = [
     "Corpus",
     "FewShot",
     "Sampler",
+    "Streams",
     "Task",
     "corpus",
     "glyphs",

@@ -131,6 +131,43 @@ class Corpus:
             places += [index] * len(pairs)
         return Task(segments.__getitem__, None, tuple(places))
 
+    def streams(self, articles: Sequence[Article], length: int) -> "Streams":
+        """A sampler of streams that have these articles in an order of their own."""
+        check_count("length", length)
+        return Streams(self, tuple(articles), length)
+
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return {word: number for number, word in enumerate(self.vocabulary)}
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The same articles one after the other, in an order that follows from the seed.
+
+    Attributes:
+        corpus: what the articles are read with.
+        articles: what is read.
+        length: words in a segment.
+
+    Examples:
+        >>> articles = (Article("a", ("<eos>", "a", "a")), Article("b", ("<eos>", "b", "b")))
+        >>> streams = corpus(articles, [], []).streams(articles, length=2)
+        >>> len(streams.sample(seed=0).spec)
+        2
+
+    Source: this library.
+    """
+
+    corpus: Corpus
+    articles: tuple[Article, ...]
+    length: int
+
+    def sample(self, seed: int) -> Task:
+        """The stream of this seed."""
+        order = torch.randperm(len(self.articles), generator=rng.generator(seed)).tolist()
+        return self.corpus.stream([self.articles[index] for index in order], self.length)
+
+    def alone(self, index: int) -> Task:
+        """The stream that has the article of this index only."""
+        return self.corpus.stream([self.articles[index]], self.length)

@@ -1,5 +1,6 @@
 """Meta-training as people run it: resumable, on several processes, watched."""
 
+from funcmeta.training._autocast import autocast
 from funcmeta.training._evaluation import Evaluation, Mean, Validation, evaluate
 from funcmeta.training._fit import Fitted, fit
 from funcmeta.training._folder import Folder, Record
@@ -14,6 +15,7 @@ __all__ = [
     "Mean",
     "Record",
     "Validation",
+    "autocast",
     "evaluate",
     "fit",
     "load",

@@ -9,7 +9,7 @@ from torch import Tensor
 from funcmeta import rng
 from funcmeta._check import check_count
 from funcmeta._typing import Meta
-from funcmeta.tasks import Sampler
+from funcmeta.tasks import Sampler, Streams
 from funcmeta.training._objective import Objective, Score, objective
 from funcmeta.training._ranks import Ranks
 
@@ -77,7 +77,7 @@ class Validation(NamedTuple):
     Source: this library.
     """
 
-    tasks: Sampler
+    tasks: Sampler | Streams
     every: int = 50
     number: int = 20
     score: Score | None = None
@@ -86,17 +86,23 @@ class Validation(NamedTuple):
 
 
 def evaluate(
-    algorithm: Any, meta: Meta, tasks: Sampler, *, number: int = 100, score: Score | None = None, seed: int = 0
+    algorithm: Any,
+    meta: Meta,
+    tasks: Sampler | Streams,
+    *,
+    number: int = 100,
+    score: Score | None = None,
+    seed: int = 0,
 ) -> Evaluation:
     """Judge what was learned on held-out tasks, one after the other, without a graph.
 
     Args:
         algorithm: what ``algorithms.<name>.build`` returned.
         meta: what was learned.
-        tasks: a sampler of held-out tasks; for a language model one of streams.
-        number: how many tasks, at least 2.
+        tasks: a sampler of held-out tasks; for a language model streams, of which it reads each article by itself.
+        number: how many tasks, at least 2; for a language model at most as many as there are articles.
         score: (predict, task) → number, of the module after ``algorithm.adapt``; None: the algorithm's loss, and for a
-            language model the mean loss over a stream's words.
+            language model the mean loss over an article's words.
         seed: integer from which the tasks follow.
 
     Returns:
@@ -121,7 +127,10 @@ def evaluate(
 
 def judged(objective: Objective, meta: Meta, number: int, score: Score | None, seed: int, ranks: Ranks) -> Evaluation:
     """The tasks are shared among the processes, each of which returns the scores of all."""
-    own = [objective.judge(meta, rng.fold(seed, 1, index), score) for index in range(ranks.rank, number, ranks.number)]
+    own = [
+        objective.judge(meta, index, rng.fold(seed, 1, index), score)
+        for index in range(ranks.rank, number, ranks.number)
+    ]
     parts = ranks.gathered(own)
     scores = torch.tensor([parts[index % ranks.number][index // ranks.number] for index in range(number)]).double()
     return Evaluation(scores, Mean.of(scores))

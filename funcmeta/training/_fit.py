@@ -9,7 +9,7 @@ from funcmeta import rng, tree
 from funcmeta._check import check_choice, check_count, check_positive
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Meta
-from funcmeta.tasks import Sampler
+from funcmeta.tasks import Sampler, Streams
 from funcmeta.training._codec import encode
 from funcmeta.training._evaluation import Validation
 from funcmeta.training._folder import Folder, Record, Store
@@ -47,7 +47,7 @@ class Fitted(NamedTuple):
 
 def fit(
     algorithm: Any,
-    tasks: Sampler,
+    tasks: Sampler | Streams,
     optimizer: Callable[[Meta], Optimizer],
     *,
     steps: int,
@@ -76,7 +76,7 @@ def fit(
 
     Args:
         algorithm: what ``algorithms.<name>.build`` returned, or an ``Algorithm`` of your own.
-        tasks: a sampler of tasks to train on; for a language model one of streams.
+        tasks: a sampler of tasks to train on; for a language model ``Corpus.streams(...)``.
         optimizer: meta → an optimizer of torch, e.g. ``lambda meta: torch.optim.Adam(meta["params"].values())``.
         steps: outer steps in all, those before a resumption included.
         batch_size: tasks in a batch, over all processes.
@@ -132,8 +132,8 @@ def fit(
         raise ArgumentError(
             f"batch_size is {batch_size}, which {ranks.number} processes can not share evenly. Pass a multiple."
         )
-    own = _owned(algorithm.init() if meta is None else meta)
     aim = objective(algorithm, tasks, spread)
+    own = _owned(algorithm.init() if meta is None else meta)
     plan = Plan(seed, batch_size, accumulate, clip, alarm, validation, spread)
     run = Run(aim, own, optimizer, scheduler, plan, ranks)
     store = None if folder is None else Store(folder)

@@ -14,7 +14,7 @@ from funcmeta._typing import Meta
 from funcmeta.algorithms import Algorithm, dynamic_lm, l2l
 from funcmeta.estimators import Particles
 from funcmeta.problem import Predict
-from funcmeta.tasks import Sampler, Task
+from funcmeta.tasks import Sampler, Streams, Task
 from funcmeta.tasks._task import seeds, unstack
 from funcmeta.unroll import Carry
 
@@ -43,14 +43,18 @@ class Objective(Protocol):
     def joined(self, carries: list[Any]) -> Any:
         """The carry of all from those of the processes."""
 
-    def judge(self, meta: Meta, seed: int, score: Score | None) -> float:
-        """The score of one held-out task; the loss when no score is given."""
+    def judge(self, meta: Meta, index: int, seed: int, score: Score | None) -> float:
+        """The score of one held-out task, which follows from index or seed; the loss when no score is given."""
 
 
-def objective(algorithm: Any, tasks: Sampler, spread: Spread = "tasks") -> Objective:
+def objective(algorithm: Any, tasks: Sampler | Streams, spread: Spread = "tasks") -> Objective:
     """The objective of any of the library's algorithms on tasks of a sampler."""
     if isinstance(algorithm, dynamic_lm.DynamicLanguageModel):
+        if not isinstance(tasks, Streams):
+            raise ArgumentError(f"tasks is a {type(tasks).__name__}, expected streams. Pass Corpus.streams(...).")
         return _Streams(algorithm, tasks)
+    if isinstance(tasks, Streams):
+        raise ArgumentError("tasks are streams, which only dynamic_lm reads. Pass a sampler of tasks.")
     if isinstance(algorithm, l2l.L2L):
         return _Windows(algorithm, tasks, spread)
     if all(callable(getattr(algorithm, name, None)) for name in Algorithm._fields):
@@ -87,7 +91,7 @@ class _Whole:
     def joined(self, carries: list[Any]) -> Any:
         return carries[0]
 
-    def judge(self, meta: Meta, seed: int, score: Score | None) -> float:
+    def judge(self, meta: Meta, index: int, seed: int, score: Score | None) -> float:
         one = self.tasks.sample_batch(seed, 1)
         if score is None:
             with torch.no_grad():
@@ -147,7 +151,7 @@ class _Streams:
     """Language models that learn while they read: each task is a stream, which is read from window to window."""
 
     algorithm: dynamic_lm.DynamicLanguageModel
-    tasks: Any
+    tasks: Streams
 
     def sample(self, seed: int, batch_size: int) -> list[Task]:
         return [self.tasks.sample(each) for each in seeds(seed, batch_size)]
@@ -170,10 +174,14 @@ class _Streams:
     def joined(self, carries: list[list[Carry] | None]) -> list[Carry] | None:
         return None if carries[0] is None else [each for part in carries for each in part or ()]
 
-    def judge(self, meta: Meta, seed: int, score: Score | None) -> float:
-        if score is not None:
-            raise ArgumentError("score is given, but a language model is judged by its loss. Leave score out.")
-        return torch.cat(self.algorithm.adapt(meta, self.tasks.sample(seed)).losses).mean().item()
+    def judge(self, meta: Meta, index: int, seed: int, score: Score | None) -> float:
+        articles = len(self.tasks.articles)
+        if score is not None or index >= articles:
+            raise ArgumentError(
+                f"A language model is judged by its loss on one article after the other, and there are {articles}. "
+                f"Leave score out, and judge on no more than these."
+            )
+        return torch.cat(self.algorithm.adapt(meta, self.tasks.alone(index)).losses).mean().item()
 
 
 def _check_one_batch(particles: Particles) -> None:

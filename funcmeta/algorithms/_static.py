@@ -1,0 +1,89 @@
+"""Ordinary training of a language model: where the static weights of one that goes on learning come from."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcmeta._check import check_count, check_positive
+from funcmeta._errors import ArgumentError
+from funcmeta.algorithms._language_model import LanguageModel
+
+
+def train_static(
+    net: LanguageModel,
+    train: Tensor,
+    validation: Tensor,
+    *,
+    epochs: int,
+    lr: float = 3e-3,
+    rows: int = 16,
+    length: int = 32,
+) -> Iterable[float]:
+    """Train a language model as usual: the static weights that ``dynamic_lm`` begins with.
+
+    Adam on the cross-entropy of the next word, the text cut in ``rows`` that are read side by side, gradients through
+    ``length`` words, the norm of a gradient at most 1. After the last epoch the model has the weights, of all epochs,
+    that the validation text is least surprising to.
+
+    Args:
+        net: the model, which is trained in place.
+        train: word numbers of a text, int64 [words].
+        validation: word numbers of another text, int64 [words].
+        epochs: how often the text is read.
+        lr: learning rate of Adam.
+        rows: parts of the text that are read side by side.
+        length: words between two updates.
+
+    Returns:
+        An iterator over the epochs, which gives the validation loss after each, in nats a word. Run it to its end.
+
+    Raises:
+        ArgumentError: a number is out of range, or a text is too short.
+
+    Examples:
+        >>> words = torch.arange(9).repeat(20)
+        >>> [loss] = train_static(LanguageModel(9, 4), words, words, epochs=1)
+        >>> loss < 3
+        True
+
+    Source: Merity, Keskar and Socher (2018), "Regularizing and Optimizing LSTM Language Models", in its simplest form.
+    """
+    for name, value in (("epochs", epochs), ("rows", rows), ("length", length)):
+        check_count(name, value)
+    check_positive("lr", lr)
+    if len(train) < 2 * rows or len(validation) < 2:
+        raise ArgumentError(
+            f"the texts have {len(train)} and {len(validation)} words, expected at least {2 * rows} and 2. Pass longer "
+            f"ones, or fewer rows."
+        )
+    return _epochs(net, train, validation, epochs, lr, rows, length)
+
+
+def _epochs(
+    net: LanguageModel, train: Tensor, validation: Tensor, epochs: int, lr: float, rows: int, length: int
+) -> Iterable[float]:
+    columns = train[: len(train) // rows * rows].view(rows, -1).T
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    best, kept = math.inf, {}
+    for epoch in range(epochs):
+        net.train()
+        hidden = net.start(rows)
+        for place in range(0, len(columns) - 1, length):
+            following = columns[place + 1 : place + 1 + length]
+            scores, hidden = net(columns[place : place + len(following)], hidden)
+            hidden = (hidden[0].detach(), hidden[1].detach())
+            optimizer.zero_grad()
+            F.cross_entropy(scores.flatten(0, 1), following.flatten()).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+        net.eval()
+        with torch.no_grad():
+            loss = F.cross_entropy(net(validation[:-1], net.start())[0], validation[1:]).item()
+        if loss < best:
+            best, kept = loss, {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        if epoch == epochs - 1 and kept:
+            net.load_state_dict(kept)
+        yield loss

@@ -1,0 +1,143 @@
+"""What ``funcmeta train`` is told: options, a TOML file, and what each algorithm takes when neither says it."""
+
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from funcmeta._check import check_count, check_positive
+from funcmeta._errors import ArgumentError, DataError
+
+ALGORITHMS = ("maml", "anil", "meta_sgd", "reptile", "meta_lstm", "l2l", "dynamic_lm")
+
+CHANGEABLE = frozenset({"steps", "checkpoint_every", "threads"})
+"""What may differ when a run is resumed; everything else decides what is learned."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a run does, as its ``config.toml`` has it. 0 stands for none or never."""
+
+    algorithm: str
+    tasks: str = "glyphs"
+    model: str = "conv4"
+    ways: int = 5
+    shots: int = 1
+    queries: int = 5
+    size: int = 16
+    filters: int = 32
+    inner_steps: int = 5
+    inner_lr: float = 0.1
+    estimator: str = "second"
+    memory: str = "store"
+    strategy: str = "vmap"
+    optimizer: str = "lstm"
+    window: int = 20
+    vocabulary: int = 2000
+    width: int = 64
+    segment: int = 20
+    static_epochs: int = 6
+    steps: int = 1000
+    batch_size: int = 4
+    accumulate: int = 1
+    meta_lr: float = 0.001
+    schedule: str = "constant"
+    clip: float = 0.0
+    alarm: str = "stop"
+    limit: float = 0.0
+    validate_every: int = 100
+    validation_tasks: int = 40
+    patience: int = 0
+    checkpoint_every: int = 100
+    seed: int = 0
+    dtype: str = "float32"
+    threads: int = 1
+
+
+_OWN: dict[str, dict[str, Any]] = {
+    "reptile": {"estimator": "reptile", "inner_lr": 0.05, "inner_steps": 10, "meta_lr": 0.01},
+    "meta_lstm": {"estimator": "first", "inner_steps": 8},
+    "l2l": {"tasks": "quadratics", "estimator": "first", "inner_steps": 100, "batch_size": 32, "clip": 1.0},
+    "dynamic_lm": {"tasks": "pydoc", "estimator": "first", "window": 20, "batch_size": 1, "meta_lr": 0.01},
+}
+"""Defaults of an algorithm that differ from those of the table."""
+
+
+def settings(given: dict[str, Any], file: Path | None) -> Settings:
+    """Options before the file, the file before the defaults.
+
+    Raises:
+        ArgumentError: no algorithm or an unknown one, an unknown name in the file, or a value out of range.
+        DataError: the file can not be read.
+    """
+    known = {**({} if file is None else read(file)), **given}
+    algorithm = known.get("algorithm")
+    if algorithm not in ALGORITHMS:
+        raise ArgumentError(f"algorithm is {algorithm!r}, expected one of {', '.join(ALGORITHMS)}. Name one.")
+    own = dict(_OWN.get(algorithm, {}))
+    if known.get("tasks") == "sinusoids":
+        own |= {"model": "mlp", "inner_lr": 0.01, "shots": 10, "queries": 10}
+    return _checked(Settings(**{**own, **known}))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The names and values of a TOML file, each of a known name and the right type."""
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} can not be read as TOML: {error}. Pass a file like a run's config.toml.") from error
+    types = {each.name: each.type for each in fields(Settings)}
+    for name, value in found.items():
+        if name not in types:
+            raise ArgumentError(f"{file} sets {name!r}, which is no setting. Known are {', '.join(types)}.")
+        fits = type(value) is types[name] or (types[name] is float and type(value) is int)
+        if not fits:
+            wanted = getattr(types[name], "__name__", types[name])
+            raise ArgumentError(f"{file} sets {name} to {value!r}, expected a value of type {wanted}. Correct it.")
+    return found
+
+
+def text(settings: Settings) -> str:
+    """As TOML."""
+    import tomli_w
+
+    return tomli_w.dumps(asdict(settings))
+
+
+def check_resumed(now: Settings, before: Settings) -> None:
+    """Raise where a resumed run would become another one."""
+    changed = [
+        f"{name} was {getattr(before, name)!r}, now {value!r}"
+        for name, value in asdict(now).items()
+        if name not in CHANGEABLE and value != getattr(before, name)
+    ]
+    if changed:
+        raise ArgumentError(
+            f"The run was begun with other settings: {'; '.join(changed)}. Resume it without them (only "
+            f"{', '.join(sorted(CHANGEABLE))} may change), or begin another run in its own folder."
+        )
+
+
+def _checked(settings: Settings) -> Settings:
+    positive = ("ways", "shots", "queries", "inner_steps", "window", "width", "segment", "static_epochs", "steps")
+    for name in (*positive, "batch_size", "accumulate", "checkpoint_every", "threads"):
+        check_count(name, getattr(settings, name))
+    for name in ("validate_every", "patience", "seed"):
+        check_count(name, getattr(settings, name), least=0)
+    check_count("validation_tasks", settings.validation_tasks, least=2)
+    for name in ("inner_lr", "meta_lr"):
+        check_positive(name, getattr(settings, name))
+    for name in ("clip", "limit"):
+        if not getattr(settings, name) >= 0:
+            raise ArgumentError(f"{name} is {getattr(settings, name)}, expected 0 for none, or a positive number.")
+    for name, choices in {
+        "schedule": ("constant", "cosine"),
+        "alarm": ("stop", "skip", "lower"),
+        "dtype": ("float32", "float64", "bfloat16"),
+        "strategy": ("vmap", "loop"),
+    }.items():
+        if getattr(settings, name) not in choices:
+            raise ArgumentError(f"{name} is {getattr(settings, name)!r}, expected one of {', '.join(choices)}.")
+    if settings.patience and not settings.validate_every:
+        raise ArgumentError("patience needs validations, and validate_every is 0. Pass e.g. --validate-every 100.")
+    return settings

@@ -1,0 +1,145 @@
+"""The run of ``funcmeta train``, and of ``funcmeta evaluate`` on what it left."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from funcmeta import rng, tree
+from funcmeta._errors import ArgumentError, DataError
+from funcmeta.cli._recipe import Recipe, recipe
+from funcmeta.cli._settings import Settings, check_resumed, settings, text
+from funcmeta.training import Alarm, Fitted, Folder, Mean, Validation, _tree_file, evaluate, fit, load
+from funcmeta.training._ranks import Ranks
+
+CONFIG, RESULT = "config.toml", "evaluation.json"
+
+
+def train(
+    given: dict[str, Any], config: Path | None, out: Path, *, resume: bool, damaged: str, tensorboard: bool
+) -> int:
+    """Train as told. Returns the exit status: 0, or 128 and the number of the signal that ended it.
+
+    Raises:
+        FuncmetaError: as ``settings``, ``recipe`` and ``fit``.
+    """
+    began, kept = time.perf_counter(), out / CONFIG
+    resumed = resume and kept.exists()
+    told = settings(given, kept if resumed else config)
+    if resumed:
+        check_resumed(told, settings({}, kept))
+    with _processes() as ranks:
+        console = Console(quiet=ranks.rank > 0)
+        torch.set_num_threads(told.threads)
+        if ranks.rank == 0:
+            if not resume and (kept.exists() or (out / "log.jsonl").exists()):
+                raise ArgumentError(f"{out} has a run in it. Pass --resume to go on with it, or another --out.")
+            _tree_file.put(kept, text(told).encode())
+        ranks.gathered(None)
+        made = recipe(told, out, ranks)
+        console.print(f"[bold]{made.title}[/bold], {told.steps} steps, in {out}", highlight=False, soft_wrap=True)
+        fitted = fit(
+            made.algorithm,
+            made.tasks("train"),
+            lambda meta: torch.optim.Adam([leaf for leaf in tree.leaves(meta) if leaf.requires_grad], lr=told.meta_lr),
+            steps=told.steps,
+            batch_size=told.batch_size,
+            accumulate=told.accumulate,
+            seed=told.seed,
+            scheduler=_cosine(told.steps) if told.schedule == "cosine" else None,
+            clip=told.clip or None,
+            alarm=Alarm(told.alarm, told.limit or float("inf")),  # type: ignore[arg-type]
+            validation=_validation(told, made),
+            folder=Folder(out, every=told.checkpoint_every, resume=resume, damaged=damaged),  # type: ignore[arg-type]
+            spread=made.spread,
+        )
+        return _told(fitted, out, console, time.perf_counter() - began, max if made.higher_is_better else min)
+
+
+def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
+    """Judge what a run learned on held-out tasks, beside what it began with; print and write it."""
+    if not (folder / CONFIG).exists():
+        raise DataError(f"{folder} has no {CONFIG}. Pass the folder of a run of funcmeta train.")
+    told = settings({}, folder / CONFIG)
+    torch.set_num_threads(told.threads)
+    made = recipe(told, folder, Ranks())
+    algorithm, tasks = made.algorithm, made.tasks(part)
+    with rng.forked(told.seed):
+        first = algorithm.init()
+    meta = load(folder / "meta.safetensors")
+    tree.check_same(first, meta, name="meta.safetensors", advice="It is of another run.")
+    count = made.number(part, number)
+    found, before = (
+        evaluate(algorithm, each, tasks, number=count, score=made.score, seed=seed) for each in (meta, first)
+    )
+    console = Console()
+    console.print(f"[bold]{made.title}[/bold], {count} tasks of the {part} part", highlight=False)
+    difference = Mean.of(found.scores - before.scores)
+    for name, mean in (("learned", f"{found.mean}"), ("at first", f"{before.mean}"), ("difference", f"{difference:+}")):
+        console.print(f"{made.score_name}, {name + ':':12} {mean}", highlight=False)
+    content = {
+        "split": part,
+        "score": made.score_name,
+        "mean": found.mean.value,
+        "margin": found.mean.margin,
+        "at_first": before.mean._asdict(),
+        "difference": difference._asdict(),
+        "scores": found.scores.tolist(),
+        "seed": seed,
+        "number": count,
+    }
+    _tree_file.put(folder / RESULT, json.dumps(content, indent=1).encode())
+    console.print(f"Wrote {folder / RESULT}.", highlight=False, soft_wrap=True)
+
+
+def _validation(told: Settings, made: Recipe) -> Validation | None:
+    if not told.validate_every:
+        return None
+    return Validation(
+        made.tasks("validation"),
+        every=told.validate_every,
+        number=made.number("validation", told.validation_tasks),
+        score=made.score,
+        higher_is_better=made.higher_is_better,
+        patience=told.patience or None,
+    )
+
+
+def _cosine(steps: int) -> Any:
+    return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+def _told(fitted: Fitted, out: Path, console: Console, seconds: float, choose: Callable[..., Mean]) -> int:
+    """Say how it ended."""
+    done = f"after step {fitted.step} and {seconds:.0f} s"
+    if fitted.ended not in ("steps", "patience"):
+        line = f"Stopped by {fitted.ended} {done}. To go on: funcmeta train --out {out} --resume"
+        console.print(line, highlight=False, soft_wrap=True)
+        return 128 + getattr(signal, fitted.ended, signal.SIGTERM)
+    means = [record.validation for record in fitted.records if record.validation]
+    best = f" Validation: {means[0]} at first, {choose(means)} at its best." if means else ""
+    alarms = f" {fitted.alarms} steps were left out." if fitted.alarms else ""
+    why = "Validation got no better, so it ended" if fitted.ended == "patience" else "Ended"
+    console.print(f"{why} {done}.{best}{alarms} Wrote {out / 'meta.safetensors'}.", highlight=False, soft_wrap=True)
+    return 0
+
+
+@contextmanager
+def _processes() -> Iterator[Ranks]:
+    """The processes that ``torchrun`` started, or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Ranks.here()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,395 @@
+"""The outer loop: equal to one written by hand, and what it does about trouble."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training_cases import KINDS, Case, adam, few_shot, squared, windows
+
+import funcmeta as fm
+from funcmeta.algorithms import maml
+from funcmeta.training import Alarm, Folder, Mean, Record, Validation, evaluate, fit, load
+
+TASKS = fm.tasks.sinusoids()
+
+
+def run(case: Case, **options: Any) -> Any:
+    return fit(case.algorithm, case.tasks, adam, **{"steps": 5, **case.options, **options})
+
+
+def plain(**options: Any) -> Case:
+    net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    return Case(maml.build(net, squared, steps=2, lr=0.01, strategy="vmap", **options), TASKS, {})
+
+
+def same(left: Any, right: Any) -> bool:
+    return all(map(torch.equal, fm.tree.leaves(left), fm.tree.leaves(right)))
+
+
+def test_it_is_the_loop_by_hand() -> None:
+    case = plain()
+    start = case.algorithm.init()
+    fitted = run(case, meta=start, seed=7, clip=0.5, scheduler=lambda outer: torch.optim.lr_scheduler.StepLR(outer, 2))
+    meta = fm.tree.map(lambda leaf: leaf.detach().clone().requires_grad_(), start)
+    outer = adam(meta)
+    scheduler = torch.optim.lr_scheduler.StepLR(outer, 2)
+    losses = []
+    for step in range(5):
+        outer.zero_grad()
+        loss = case.algorithm.loss(meta, TASKS.sample_batch(fm.rng.fold(7, 0, step), 4), seed=step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(meta["params"].values(), 0.5)
+        outer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    assert same(fitted.meta, meta)
+    assert [record.loss for record in fitted.records] == losses
+    assert [record.rate for record in fitted.records] == [0.01, 0.01, 0.001, 0.001, pytest.approx(1e-4)]
+    assert fitted.ended == "steps"
+    assert not same(fitted.meta, start)
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    case = plain()
+    start = case.algorithm.init()
+    whole = TASKS.sample_batch(3, 4)
+
+    class Parts:
+        def sample_batch(self, seed: int, tasks: int) -> fm.Task:
+            row = {fm.rng.fold(0, 0, 0): slice(0, 2), fm.rng.fold(0, 0, 1): slice(2, 4)}[seed]
+            return fm.Task(*[tuple(leaf[row] for leaf in part) for part in whole[:2]], whole.spec[row])
+
+    class Whole:
+        def sample_batch(self, seed: int, tasks: int) -> fm.Task:
+            return whole
+
+    parts = fit(case.algorithm, Parts(), adam, steps=1, batch_size=2, accumulate=2, meta=start)
+    at_once = fit(case.algorithm, Whole(), adam, steps=1, batch_size=4, meta=start)
+    for left, right in zip(fm.tree.leaves(parts.meta), fm.tree.leaves(at_once.meta), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+    assert parts.records[0].loss == pytest.approx(at_once.records[0].loss)
+
+
+def test_windows_are_those_of_the_algorithm() -> None:
+    case = windows()
+    start = case.algorithm.init()
+    fitted = run(case, meta=start, accumulate=1, steps=4)
+    meta = fm.tree.map(lambda leaf: leaf.detach().clone().requires_grad_(), start)
+    outer, losses, number = adam(meta), [], 0
+    while len(losses) < 4:
+        batch = case.tasks.sample_batch(fm.rng.fold(0, 0, number), 4)
+        for loss in case.algorithm.windows(meta, batch, seed=number):
+            outer.zero_grad()
+            loss.backward()
+            outer.step()
+            losses.append(loss.item())
+            if len(losses) == 4:
+                break
+        number += 1
+    assert number > 1
+    assert [record.loss for record in fitted.records] == losses
+    assert same(fitted.meta, meta)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_stopped_and_resumed_is_never_stopped(kind: str, tmp_path: Path) -> None:
+    case = KINDS[kind]()
+    start = case.algorithm.init()
+    run(case, steps=9, meta=start, folder=Folder(tmp_path / "whole"))
+    for steps in (2, 2, 7, 9):
+        part = run(case, steps=steps, meta=start, folder=Folder(tmp_path / "parts", every=100, resume=True))
+    assert len({record.step for record in part.records if record.step}) == 9
+    whole, parts = (tmp_path / name / "meta.safetensors" for name in ("whole", "parts"))
+    if kind != "few shot":  # there each end had a validation, which chooses what is kept
+        assert whole.read_bytes() == parts.read_bytes()
+    newest = [path.parent / "checkpoints" / "step-00000009.safetensors" for path in (whole, parts)]
+    meta = [fm.training._tree_file.read(path, "checkpoint")["meta"] for path in newest]
+    assert same(*meta)
+    assert same(load(parts), part.meta)
+
+
+def test_arguments_are_not_changed(tmp_path: Path) -> None:
+    case = plain()
+    start = case.algorithm.init()
+    before = fm.tree.map(torch.clone, start)
+    fitted = run(case, meta=start)
+    assert same(start, before)
+    assert all(leaf.grad is None for leaf in fm.tree.leaves(start))
+    assert all(leaf.requires_grad and leaf.grad is None for leaf in fm.tree.leaves(fitted.meta))
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    case = few_shot()
+    run(case, meta=case.algorithm.init())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- validation
+
+
+class Down(NamedTuple):
+    """An algorithm that lowers a number by the learning rate of SGD in each step."""
+
+    init: Any
+    loss: Any
+    adapt: Any
+
+
+def down() -> Down:
+    return Down(
+        lambda: torch.tensor(3.0, requires_grad=True),
+        lambda meta, tasks, seed=0: meta + 0 * tasks.support[0].sum(),
+        lambda meta, task, seed=0, evaluate=False: meta,
+    )
+
+
+def sgd(meta: Tensor) -> torch.optim.Optimizer:
+    return torch.optim.SGD([meta], lr=1.0)
+
+
+def test_the_best_is_kept_and_patience_ends() -> None:
+    held_out = Validation(TASKS, every=2, number=3, score=lambda predict, task: predict.abs(), patience=2)
+    fitted = fit(down(), TASKS, sgd, steps=100, validation=held_out)
+    assert [record.validation.value for record in fitted.records if record.validation] == [3, 1, 1, 3]
+    assert fitted.ended == "patience"
+    assert fitted.step == 6
+    assert fitted.meta.item() == 1
+    highest = held_out._replace(higher_is_better=True, patience=None)
+    assert fit(down(), TASKS, sgd, steps=9, validation=highest).meta.item() == -6
+
+
+def test_without_a_score_the_loss_is_judged() -> None:
+    found = evaluate(down(), torch.tensor(2.0), TASKS, number=4)
+    assert found.scores.tolist() == [2.0] * 4
+    assert found.mean == Mean(2.0, 0.0)
+    scores = evaluate(down(), torch.tensor(0.0), TASKS, number=50, score=lambda predict, task: task.support[0].mean())
+    assert len(set(scores.scores.tolist())) == 50
+    assert scores.mean.margin == pytest.approx(1.96 * scores.scores.std().item() / math.sqrt(50))
+
+
+# --- trouble
+
+
+def spoiled(at: set[int], value: float = math.inf) -> Any:
+    """An algorithm with the gradient 1, and another one at some steps."""
+    return down()._replace(
+        loss=lambda meta, tasks, seed=0: meta * (value if seed in at else 1.0) + 0 * tasks.support[0].sum()
+    )
+
+
+def test_an_alarm_stops() -> None:
+    with pytest.raises(fm.DivergenceError, match=r"Outer step 3: The meta-gradient is not finite\. .*Alarm\('skip'\)"):
+        fit(spoiled({2}), TASKS, sgd, steps=5)
+
+
+def test_an_alarm_leaves_steps_out() -> None:
+    fitted = fit(spoiled({2}), TASKS, sgd, steps=5, alarm=Alarm("skip"))
+    assert fitted.meta.item() == 3 - 4
+    assert fitted.alarms == 1
+    assert [record.step for record in fitted.records if record.alarm] == [3]
+    assert fitted.records[2].loss is None
+
+
+def test_an_alarm_lowers_the_rate() -> None:
+    fitted = fit(spoiled({1, 3}, 50.0), TASKS, sgd, steps=5, alarm=Alarm("lower", limit=10.0))
+    assert fitted.meta.item() == 3 - 1 - 0.5 - 0.25
+    assert [record.rate for record in fitted.records] == [1, 1, 0.5, 0.5, 0.25]
+    assert "has the norm 50, above the limit of 10" in str(fitted.records[1].alarm)
+    assert fit(spoiled({1}, 50.0), TASKS, sgd, steps=5, alarm=Alarm("skip")).alarms == 0
+
+
+def test_a_hopeless_training_ends() -> None:
+    with pytest.raises(fm.DivergenceError, match=r"Outer step 100: .* alarm 100 of this run"):
+        fit(spoiled(set(range(1000))), TASKS, sgd, steps=1000, alarm=Alarm("skip"))
+
+
+def test_an_inner_run_that_is_not_finite_is_an_alarm_that_names_the_step() -> None:
+    def wild(meta: Any, predict: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return squared(meta, predict, batch) * 1e30
+
+    algorithm = maml.build(nn.Linear(1, 1), wild, steps=3, lr=1.0, strategy="vmap")
+    with pytest.raises(fm.DivergenceError, match="inner loss of step 1, task 0 is inf"):
+        fit(algorithm, TASKS, adam, steps=2)
+    fitted = fit(algorithm, TASKS, adam, steps=2, alarm=Alarm("skip"))
+    assert fitted.alarms == 2
+
+
+def test_alarms_are_resumed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"alarm": Alarm("lower", limit=10.0)}
+    whole = fit(spoiled({1, 3}, 50.0), TASKS, sgd, steps=6, **options)
+    for steps in (2, 4, 6):
+        part = fit(spoiled({1, 3}, 50.0), TASKS, sgd, steps=steps, folder=Folder(tmp_path, resume=True), **options)
+    assert part.meta.item() == whole.meta.item()
+    assert part.alarms == whole.alarms == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_after_the_step_and_the_run_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    def kill(record: Record) -> None:
+        if record.step == 3:
+            os.kill(os.getpid(), number)
+
+    case = plain()
+    start = case.algorithm.init()
+    before = signal.getsignal(number)
+    fitted = run(case, steps=6, meta=start, watch=[kill], folder=Folder(tmp_path))
+    assert (fitted.ended, fitted.step) == (number.name, 3)
+    assert signal.getsignal(number) is before
+    assert not (tmp_path / "meta.safetensors").exists()
+    resumed = run(case, steps=6, meta=start, folder=Folder(tmp_path, resume=True))
+    assert same(resumed.meta, run(case, steps=6, meta=start).meta)
+
+
+def test_a_second_signal_is_not_held_back() -> None:
+    def kill(record: Record) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(plain(), watch=[kill])
+
+
+# --- the folder
+
+
+def test_what_a_folder_has(tmp_path: Path) -> None:
+    fitted = run(few_shot(), steps=7, folder=Folder(tmp_path / "run", every=2, keep=3))
+    names = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.*"))
+    checkpoints = [f"checkpoints/step-0000000{step}.safetensors" for step in (4, 6, 7)]
+    assert names == [*checkpoints, "log.jsonl", "meta.safetensors"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(8))
+    assert set(lines[0]) == set(Record._fields)
+    assert lines[3]["validation"] == fitted.records[3].validation._asdict()
+    assert lines[1]["loss"] == fitted.records[1].loss
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    run(plain(), folder=Folder(tmp_path))
+    with pytest.raises(fm.ArgumentError, match=r"has a run in it\. Pass resume=True"):
+        run(plain(), folder=Folder(tmp_path))
+
+
+def test_a_run_is_resumed_as_it_was_begun(tmp_path: Path) -> None:
+    run(plain(), folder=Folder(tmp_path))
+    resumed = Folder(tmp_path, resume=True)
+    with pytest.raises(fm.ArgumentError, match="other settings: seed 0, now 1; batch_size 4, now 8"):
+        run(plain(), folder=resumed, seed=1, batch_size=8)
+    with pytest.raises(fm.ArgumentError, match="optimizer 'Adam', now 'SGD'"):
+        fit(plain().algorithm, TASKS, lambda meta: torch.optim.SGD(meta["params"].values()), steps=9, folder=resumed)
+    other = maml.build(nn.Linear(1, 1), squared, steps=1, lr=0.1, strategy="vmap")
+    with pytest.raises(fm.StructureError, match=r"the checkpoint's meta .* It is of another model"):
+        fit(other, TASKS, adam, steps=9, folder=resumed)
+
+
+def damage(path: Path, kind: str) -> None:
+    content = path.read_bytes()
+    flipped = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+    foreign = path.parent / "foreign"
+    fm.training.save({"lr": torch.ones(3)}, foreign)
+    other = {"empty": b"", "truncated": content[:-40], "flipped": flipped, "foreign": foreign.read_bytes()}
+    older = content.replace(b'\\"version\\": 1', b'\\"version\\": 0')
+    path.write_bytes({**other, "older": older, "text": b"not a checkpoint at all"}[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("empty", "can not be read as safetensors"),
+        ("truncated", "can not be read as safetensors"),
+        ("text", "can not be read as safetensors"),
+        ("flipped", "is damaged: its content does not have the checksum"),
+        ("foreign", "holds a 'meta' in version 1 of the format, expected a 'checkpoint'"),
+        ("older", "in version 0 of the format, expected a 'checkpoint' in version 1"),
+    ],
+)
+def test_a_damaged_checkpoint_is_an_error_and_the_previous_one_is_used_when_told(
+    kind: str, message: str, tmp_path: Path
+) -> None:
+    case = plain()
+    start = case.algorithm.init()
+    run(case, steps=6, meta=start, folder=Folder(tmp_path, every=2))
+    damage(tmp_path / "checkpoints" / "step-00000006.safetensors", kind)
+    with pytest.raises(fm.DataError, match=rf"{message}.*step-00000004.safetensors is older: pass damaged='previous'"):
+        run(case, steps=8, meta=start, folder=Folder(tmp_path, resume=True))
+    resumed = run(case, steps=8, meta=start, folder=Folder(tmp_path, resume=True, damaged="previous"))
+    assert same(resumed.meta, run(case, steps=8, meta=start).meta)
+    for step in (8, 6):
+        (tmp_path / "checkpoints" / f"step-0000000{step}.safetensors").write_bytes(b"")
+    with pytest.raises(fm.DataError, match=r"can not be read as safetensors"):
+        run(case, steps=9, folder=Folder(tmp_path, resume=True, damaged="previous"))
+
+
+def test_a_folder_that_can_not_be_written_to_is_an_error_before_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    seen: list[Record] = []
+    with pytest.raises(fm.SaveError, match=r"log\.jsonl could not be written: Not a directory\. .*whole"):
+        run(plain(), folder=Folder(tmp_path / "file" / "run"), watch=[seen.append])
+    assert not seen
+
+
+def test_a_state_that_can_not_be_written_is_an_error_at_the_first_step(tmp_path: Path) -> None:
+    class Odd(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            self.state[self.param_groups[0]["params"][0]]["path"] = tmp_path
+
+    with pytest.raises(fm.ArgumentError, match=r"optimizer/state/0/path is a PosixPath, which can not be written"):
+        fit(down(), TASKS, lambda meta: Odd([meta], lr=1.0), steps=50, folder=Folder(tmp_path, every=50))
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected a positive integer"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"accumulate": 0}, "accumulate is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"clip": 0.0}, "clip is 0.0, expected a positive number"),
+        ({"alarm": Alarm("warn")}, "alarm.action is 'warn', expected one of 'stop', 'skip', 'lower'"),
+        ({"alarm": Alarm(limit=-1.0)}, "limit is -1.0, expected a positive number"),
+        ({"alarm": Alarm(limit=math.nan)}, "limit is nan, expected a positive number"),
+        ({"spread": "all"}, "spread is 'all', expected one of 'tasks', 'particles'"),
+        ({"validation": Validation(TASKS, every=0)}, "validation.every is 0"),
+        ({"validation": Validation(TASKS, number=1)}, "validation.number is 1, expected an integer of at least 2"),
+        ({"validation": Validation(TASKS, patience=0)}, "validation.patience is 0"),
+        ({"folder": Folder("x", every=0)}, "every is 0"),
+        ({"folder": Folder("x", keep=0)}, "keep is 0"),
+        ({"folder": Folder("x", damaged="ignore")}, "damaged is 'ignore', expected one of 'raise', 'previous'"),
+        ({"meta": {"lr": torch.tensor(1.0)}}, "No leaf of meta requires grad"),
+        ({"meta": {"lr": 1.0}}, r"meta\['lr'\] is 1.0 \(float\), expected a tensor"),
+        (
+            {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau},
+            "a ReduceLROnPlateau, which waits for a score",
+        ),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fm.FuncmetaError, match=message):
+        run(plain(), **options)
+
+
+def test_bad_objects() -> None:
+    with pytest.raises(fm.ArgumentError, match="algorithm is a int, expected what algorithms"):
+        fit(3, TASKS, adam, steps=1)
+    with pytest.raises(fm.ArgumentError, match="optimizer returned a list, expected an optimizer of torch"):
+        fit(plain().algorithm, TASKS, lambda meta: [], steps=1)
+    reading = KINDS["reading"]()
+    with pytest.raises(fm.ArgumentError, match="tasks is a _Sinusoids, expected streams"):
+        fit(reading.algorithm, TASKS, adam, steps=1)
+    with pytest.raises(fm.ArgumentError, match="tasks are streams, which only dynamic_lm reads"):
+        fit(plain().algorithm, reading.tasks, adam, steps=1)
+    with pytest.raises(fm.ArgumentError, match="one article after the other, and there are 4"):
+        evaluate(reading.algorithm, reading.algorithm.init(), reading.tasks, number=5)
+    with pytest.raises(fm.ArgumentError, match="number is 1, expected an integer of at least 2"):
+        evaluate(plain().algorithm, plain().algorithm.init(), TASKS, number=1)
