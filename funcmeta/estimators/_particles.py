@@ -23,18 +23,29 @@ from funcmeta.memory import StoreAll, advance
 
 @dataclass(frozen=True)
 class Search:
-    """g = 1/(2nσ²) Σ_w Σ_i ξ_iw (L_w⁺ᵢ − L_w⁻ᵢ), where ξ_iw sums the perturbations of pair i in the windows up to w."""
+    """g = 1/(2nσ²) Σ_w Σ_i ξ_iw (L_w⁺ᵢ − L_w⁻ᵢ), where ξ_iw sums the perturbations of pair i in the windows up to w.
+
+    One of several processes runs its share of the pairs only, and n is their number: the mean of the processes' g is
+    that of all pairs.
+    """
 
     name: str
     sigma: float
     pairs: int
     chunk: int | None
+    share: tuple[int, int] = (0, 1)
 
     def check(self) -> None:
         """Raise unless the numbers can be used."""
         check_positive("sigma", self.sigma)
         check_count("pairs", self.pairs, advice="Pass e.g. pairs=50.")
         check_count("chunk", self.chunk, or_none=True, advice="Pass e.g. chunk=100.")
+        self._check_share()
+
+    @property
+    def own(self) -> int:
+        """The number of pairs that run here."""
+        return self.pairs // self.share[1]
 
     def __call__(self, primal: Primal, meta: Meta, length: int) -> Outcome:
         """Windows of ``length`` steps, each with new perturbations; the loss is that of the unperturbed run."""
@@ -60,7 +71,7 @@ class Search:
                 metas = [torch.cat([leaf + each, leaf - each]) for leaf, each in zip(learned, noise, strict=True)]
                 losses, states = self._trained(part, meta, metas, states)
                 if losses is not None:
-                    weights = (losses[: self.pairs] - losses[self.pairs :]) / (2 * self.pairs * self.sigma**2)
+                    weights = (losses[: self.own] - losses[self.own :]) / (2 * self.own * self.sigma**2)
                     found = [torch.tensordot(weights.to(each), each, 1) for each in sums]
                     gradients = [before + each for before, each in zip(gradients, found, strict=True)]
         return Outcome(attach(plain.loss, gradients, moving), plain.path, Particles(states, sums))
@@ -76,12 +87,16 @@ class Search:
             return Reverse()(primal, fixed, StoreAll())
 
     def _noise(self, primal: Primal, learned: Sequence[Tensor]) -> list[Tensor]:
-        """Normal noise of deviation σ for each pair; it follows from the seed and the first step of the window."""
-        made = []
+        """Normal noise of deviation σ for each pair; it follows from the seed and the first step of the window.
+
+        The noise of all pairs is drawn, whoever runs them.
+        """
+        made, rows = [], slice(self.share[0] * self.own, (self.share[0] + 1) * self.own)
         for place, leaf in enumerate(learned):
             source = rng.generator(rng.fold(primal.seed, 3, primal.start, place), leaf.device)
             shape = (self.pairs, *leaf.shape)
-            made.append(self.sigma * torch.randn(shape, generator=source, dtype=leaf.dtype, device=leaf.device))
+            drawn = torch.randn(shape, generator=source, dtype=leaf.dtype, device=leaf.device)
+            made.append(self.sigma * drawn[rows])
         return made
 
     def _trained(self, primal: Primal, meta: Meta, metas: Sequence[Tensor], states: Any) -> tuple[Tensor | None, Any]:
@@ -108,10 +123,23 @@ class Search:
                     f"{str(error).splitlines()[0]} Pass chunk=1, which runs one after the other."
                 ) from error
 
-        parts = _split((metas, states), 2 * self.pairs, self.chunk or 2 * self.pairs)
+        parts = _split((metas, states), 2 * self.own, self.chunk or 2 * self.own)
         total, states, losses = _joined([together(part) for part in parts])
         self._check_finite(total, losses, primal.start)
         return total, states
+
+    def _check_share(self) -> None:
+        """Raise unless the share is a rank and a number of ranks, which divides the pairs."""
+        share: Any = self.share
+        if not (isinstance(share, tuple) and [type(each) for each in share] == [int, int] and 0 <= share[0] < share[1]):
+            raise ArgumentError(
+                f"share is {share!r}, expected (rank, ranks) with 0 <= rank < ranks. Pass e.g. "
+                f"share=(torch.distributed.get_rank(), torch.distributed.get_world_size())."
+            )
+        if self.pairs % share[1]:
+            raise ArgumentError(
+                f"pairs is {self.pairs}, which {share[1]} processes can not share evenly. Pass a multiple."
+            )
 
     def _check_finite(self, total: Tensor | None, losses: Sequence[Tensor], start: int) -> None:
         """Raise when a particle has a loss that is NaN or infinite, and name the first step where one has."""

@@ -23,16 +23,18 @@ class EvolutionStrategies:
         sigma: standard deviation of the perturbations, in the unit of ``meta``.
         pairs: number n of pairs.
         chunk: particles that run at once under ``vmap``; None takes all, 1 runs each by itself, without ``vmap``.
+        share: (rank, ranks): run the pairs of this one among several processes only. The mean of the processes'
+            gradients is that of all pairs.
 
     Raises:
-        ArgumentError: a number is not positive; a carry requires grad; it is run inside ``torch.func``; or the
-            training can not run under ``vmap``.
+        ArgumentError: a number is not positive; ``share`` is none, or does not divide the pairs; a carry requires grad;
+            it is run inside ``torch.func``; or the training can not run under ``vmap``.
         NonFiniteError: a loss of a particle is NaN or infinite; the message names the step.
         CapturedTensorError: a tensor that requires grad is used without coming through ``meta``.
 
     Examples:
         >>> EvolutionStrategies(sigma=0.1, pairs=50)
-        EvolutionStrategies(sigma=0.1, pairs=50, chunk=None)
+        EvolutionStrategies(sigma=0.1, pairs=50, chunk=None, share=(0, 1))
 
     Source: Salimans et al. (2017), "Evolution Strategies as a Scalable Alternative to Reinforcement Learning"; for
     learned optimizers Metz et al. (2019), section 3.
@@ -41,6 +43,7 @@ class EvolutionStrategies:
     sigma: float
     pairs: int
     chunk: int | None = None
+    share: tuple[int, int] = (0, 1)
     unreached_advice: ClassVar[str] = "Set requires_grad=False on it."
 
     def __post_init__(self) -> None:
@@ -48,7 +51,7 @@ class EvolutionStrategies:
 
     @property
     def _search(self) -> Search:
-        return Search(type(self).__name__, self.sigma, self.pairs, self.chunk)
+        return Search(type(self).__name__, self.sigma, self.pairs, self.chunk, self.share)
 
     def __call__(self, primal: Primal, meta: Meta, memory: Memory) -> Outcome:
         """Train with and without perturbations, and attach what follows from the losses."""

@@ -31,16 +31,18 @@ class PersistentES:
         pairs: number n of pairs.
         length: steps in a window; the last window of a call may be shorter.
         chunk: particles that run at once under ``vmap``; None takes all, 1 runs each by itself, without ``vmap``.
+        share: (rank, ranks): run the pairs of this one among several processes only. The mean of the processes'
+            gradients is that of all pairs.
 
     Raises:
-        ArgumentError: a number is not positive; a carry has no particles, or other ones; and as
-            ``EvolutionStrategies``.
+        ArgumentError: a number is not positive; ``share`` is none, or does not divide the pairs; a carry has no
+            particles, or other ones; and as ``EvolutionStrategies``.
         NonFiniteError: a loss of a particle is NaN or infinite; the message names the step.
         CapturedTensorError: a tensor that requires grad is used without coming through ``meta``.
 
     Examples:
         >>> PersistentES(sigma=0.1, pairs=50, length=10)
-        PersistentES(sigma=0.1, pairs=50, length=10, chunk=None)
+        PersistentES(sigma=0.1, pairs=50, length=10, chunk=None, share=(0, 1))
 
     Source: Vicol et al. (2021), "Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent Evolution
     Strategies", algorithm 2 and equation 8.
@@ -50,6 +52,7 @@ class PersistentES:
     pairs: int
     length: int
     chunk: int | None = None
+    share: tuple[int, int] = (0, 1)
     unreached_advice: ClassVar[str] = "Set requires_grad=False on it."
 
     def __post_init__(self) -> None:
@@ -58,7 +61,7 @@ class PersistentES:
 
     @property
     def _search(self) -> Search:
-        return Search(type(self).__name__, self.sigma, self.pairs, self.chunk)
+        return Search(type(self).__name__, self.sigma, self.pairs, self.chunk, self.share)
 
     def __call__(self, primal: Primal, meta: Meta, memory: Memory) -> Outcome:
         """Train the particles window by window, and attach what follows from their losses."""
@@ -74,10 +77,11 @@ class PersistentES:
                     f"the out.carry of an unroll by PersistentES, or carry=None to begin."
                 )
             return
-        wanted = [(self.pairs, *leaf.shape) for leaf in tree.leaves(meta) if leaf.requires_grad]
+        wanted = [(self._search.own, *leaf.shape) for leaf in tree.leaves(meta) if leaf.requires_grad]
         found = [tuple(each.shape) for each in primal.particles.sums]
         if found != wanted:
             raise ArgumentError(
                 f"The particles in carry have perturbations of shapes {found}, expected {wanted}. Go on with the same "
-                f"pairs, the same learned leaves of meta, and one strategy for stacked tasks ('vmap' or 'loop')."
+                f"pairs and share, the same learned leaves of meta, and one strategy for stacked tasks ('vmap' or "
+                f"'loop')."
             )

@@ -280,6 +280,38 @@ def test_compared() -> None:
     assert rows["truncated"].relative_error > 0
 
 
+# ---- shared among processes
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 1])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_mean_over_shares_is_the_whole_population(ranks: int, chunk: int | None) -> None:
+    case = linear()
+    everyone = [(0, 1), *[(rank, ranks) for rank in range(ranks)]]
+    whole, *shares = (
+        gradient(case, fm.EvolutionStrategies(SIGMA, 8, chunk, share), steps=4, seed=5) for share in everyone
+    )
+    close(torch.stack(shares).mean(0), whole, 1e-12)
+    assert not torch.allclose(shares[0], shares[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["single", "vmap", "loop"])
+def test_shares_of_noisy_trainings(strategy: str) -> None:
+    problem, setting = noisy()
+    leaves = fm.tree.leaves(setting.meta)
+
+    def run(share: tuple[int, int]) -> list[Tensor]:
+        options: Any = {"steps": 3, "estimator": fm.EvolutionStrategies(0.1, 4, share=share), "seed": 6}
+        if strategy == "single":
+            loss = fm.unroll(problem, setting.meta, first_task(setting.tasks), **options).loss
+        else:
+            loss = fm.unroll_batch(problem, setting.meta, setting.tasks, strategy=strategy, **options).loss
+        return list(torch.autograd.grad(loss, leaves))
+
+    whole, first, second = (run(share) for share in [(0, 1), (0, 2), (1, 2)])
+    close([(a + b) / 2 for a, b in zip(first, second, strict=True)], whole, 1e-12)
+
+
 # ---- refused
 
 
@@ -296,6 +328,19 @@ def test_bad_numbers(arguments: Any, says: str) -> None:
     for build in (fm.EvolutionStrategies, lambda **options: fm.PersistentES(length=1, **options)):
         with pytest.raises(fm.ArgumentError, match=says):
             build(**{"sigma": 0.1, "pairs": 2, **arguments})
+
+
+@pytest.mark.parametrize("share", [(2, 2), (-1, 2), (0, 0), (0.0, 2), [0, 1], (0,), 1])
+def test_bad_shares(share: Any) -> None:
+    with pytest.raises(
+        fm.ArgumentError, match=r"share is .*, expected \(rank, ranks\) with 0 <= rank < ranks\. Pass e\.g\. share=\("
+    ):
+        fm.EvolutionStrategies(0.1, 4, share=share)
+
+
+def test_pairs_that_the_processes_can_not_share() -> None:
+    with pytest.raises(fm.ArgumentError, match=r"pairs is 4, which 3 processes can not share evenly\. Pass a multiple"):
+        fm.EvolutionStrategies(0.1, 4, share=(0, 3))
 
 
 @pytest.mark.parametrize("where", ["step", "meta-loss"])
@@ -423,4 +468,4 @@ def test_under_torch_optim() -> None:
 
 def test_estimators_compare_and_print() -> None:
     assert fm.EvolutionStrategies(0.1, 2) == fm.EvolutionStrategies(0.1, 2) != fm.EvolutionStrategies(0.2, 2)
-    assert repr(fm.EvolutionStrategies(0.1, 2)) == "EvolutionStrategies(sigma=0.1, pairs=2, chunk=None)"
+    assert repr(fm.EvolutionStrategies(0.1, 2)) == "EvolutionStrategies(sigma=0.1, pairs=2, chunk=None, share=(0, 1))"

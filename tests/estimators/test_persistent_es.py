@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from test_evolution_strategies import NOTHING, RIGHT, SIGMA, WRONG, Linear, deviation, gradient, linear
-from test_mixed_mode import by_hand, close, leaf, mlp, of_module
+from test_mixed_mode import by_hand, close, first_task, leaf, mlp, of_module
 from torch import Tensor
 
 import funcmeta as fm
@@ -184,6 +184,53 @@ def test_without_grad_mode() -> None:
     assert out.carry.particles is None
 
 
+# ---- shared among processes
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 1])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_mean_over_shares_is_the_whole_population(ranks: int, chunk: int | None) -> None:
+    case = linear()
+    whole, *shares = (
+        gradient(case, fm.PersistentES(SIGMA, 8, 2, chunk, share), steps=STEPS, seed=4) for share in everyone(ranks)
+    )
+    close(torch.stack(shares).mean(0), whole, 1e-12)
+    assert not torch.allclose(shares[0], shares[1], rtol=1e-3)
+
+
+def everyone(ranks: int) -> list[tuple[int, int]]:
+    """All in one process, then the share of each of several."""
+    return [(0, 1), *[(rank, ranks) for rank in range(ranks)]]
+
+
+@pytest.mark.parametrize("strategy", ["single", "vmap", "loop"])
+def test_shares_carry_on(strategy: Any) -> None:
+    setting = of_module(mlp(), trajectory_loss=True)
+    leaves = fm.tree.leaves(setting.meta)
+
+    def run(share: tuple[int, int]) -> list[Tensor]:
+        carry, found = None, [torch.zeros_like(leaf) for leaf in leaves]
+        estimator = fm.PersistentES(0.1, 4, 2, share=share)
+        for _ in range(3):
+            if strategy == "single":
+                task = first_task(setting.tasks)
+                out = fm.unroll(setting.problem, setting.meta, task, steps=4, estimator=estimator, seed=3, carry=carry)
+            else:
+                out = fm.unroll_batch(*setting, steps=4, estimator=estimator, seed=3, strategy=strategy, carry=carry)
+            carry, grads = out.carry, torch.autograd.grad(out.loss, leaves)
+            found = [before + each for before, each in zip(found, grads, strict=True)]
+        return found
+
+    whole, first, second = (run(share) for share in everyone(2))
+    close([(a + b) / 2 for a, b in zip(first, second, strict=True)], whole, 1e-12)
+
+
+def test_the_particles_of_another_share() -> None:
+    case, carry = begun()
+    with pytest.raises(fm.ArgumentError, match=r"expected \[\(1, 3\)\]\. Go on with the same pairs and share"):
+        gradient(case, fm.PersistentES(0.1, 2, 2, share=(0, 2)), steps=2, carry=carry)
+
+
 # ---- refused
 
 
@@ -228,7 +275,7 @@ def test_particles_of_another_kind(what: str) -> None:
         case.meta["c"] = leaf(1.0)
     with pytest.raises(
         fm.ArgumentError,
-        match=r"have perturbations of shapes \[\(2, 3\)\], expected .*Go on with the same pairs, the same learned",
+        match=r"have perturbations of shapes \[\(2, 3\)\], expected .*Go on with the same pairs and share, the same",
     ):
         gradient(case, fm.PersistentES(0.1, 3 if what == "pairs" else 2, 2), steps=2, carry=carry)
 
@@ -261,4 +308,4 @@ def test_a_particle_without_a_finite_loss() -> None:
 
 def test_estimators_compare_and_print() -> None:
     assert fm.PersistentES(0.1, 2, 3) == fm.PersistentES(0.1, 2, 3) != fm.PersistentES(0.1, 2, 4)
-    assert repr(fm.PersistentES(0.1, 2, 3)) == "PersistentES(sigma=0.1, pairs=2, length=3, chunk=None)"
+    assert repr(fm.PersistentES(0.1, 2, 3)) == "PersistentES(sigma=0.1, pairs=2, length=3, chunk=None, share=(0, 1))"
