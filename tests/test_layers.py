@@ -25,7 +25,7 @@ LAYERS = (
 )
 """From the bottom to the top: the modules and packages of funcmeta, by their first name below it."""
 
-OPTIONAL = ("typer", "rich", "matplotlib", "PIL", "torchopt", "hypothesis")
+OPTIONAL = ("typer", "rich", "matplotlib", "PIL", "tomli_w", "torchopt", "hypothesis")
 
 PACKAGE = Path(__file__).parents[1] / "funcmeta"
 

@@ -1,0 +1,193 @@
+"""``funcmeta train`` and ``funcmeta evaluate``: every algorithm, settings, resumption, signals and errors."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import funcmeta as fm
+from funcmeta.cli._app import app
+from funcmeta.cli._settings import ALGORITHMS, Settings, settings
+
+IMAGES = ("--filters", "2", "--queries", "1", "--inner-steps", "1")
+SMALL: dict[str, tuple[str, ...]] = {
+    "l2l": ("--inner-steps", "6", "--window", "3", "--batch-size", "2", "--optimizer", "linear"),
+    "dynamic_lm": ("--vocabulary", "50", "--width", "4", "--static-epochs", "1", "--segment", "200", "--window", "3"),
+}
+SHORT = ("--steps", "4", "--validate-every", "2", "--validation-tasks", "2", "--checkpoint-every", "3")
+
+
+def call(*words: str) -> Any:
+    return CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
+
+
+def train(algorithm: str, out: Path, *options: str) -> Any:
+    return call("train", algorithm, "--out", str(out), *SMALL.get(algorithm, IMAGES), *SHORT, *options)
+
+
+def config(out: Path) -> dict[str, Any]:
+    return tomllib.loads((out / "config.toml").read_text())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_trains_is_judged_and_goes_on(algorithm: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = train(algorithm, out)
+    assert result.exit_code == 0, result.output
+    assert "Ended after step 4" in result.output
+    assert f"Wrote {out / 'meta.safetensors'}" in result.output
+    assert config(out)["algorithm"] == algorithm
+    meta = fm.training.load(out / "meta.safetensors")
+    judged = call("evaluate", str(out), "--number", "3")
+    assert judged.exit_code == 0, judged.output
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["split"] == "test"
+    assert len(found["scores"]) == found["number"] == 3
+    assert found["mean"] == pytest.approx(sum(found["scores"]) / 3)
+    again = call("train", "--out", str(out), "--resume", "--steps", "6")
+    assert again.exit_code == 0, again.output
+    assert "Ended after step 6" in again.output
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(7))
+    del meta
+
+
+def test_options_come_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('algorithm = "maml"\nfilters = 2\nqueries = 1\nsteps = 3\nmeta_lr = 1\nvalidate_every = 0\n')
+    result = call("train", "--config", str(file), "--out", str(tmp_path / "run"), "--steps", "2", "--seed", "5")
+    assert result.exit_code == 0, result.output
+    told = config(tmp_path / "run")
+    assert set(told) == set(Settings.__dataclass_fields__)
+    assert (told["filters"], told["steps"], told["seed"], told["meta_lr"], told["inner_lr"]) == (2, 2, 5, 1, 0.1)
+
+
+def test_defaults_follow_the_algorithm_and_the_tasks() -> None:
+    assert settings({"algorithm": "l2l"}, None).tasks == "quadratics"
+    assert settings({"algorithm": "dynamic_lm"}, None).batch_size == 1
+    lines = settings({"algorithm": "maml", "tasks": "sinusoids"}, None)
+    assert (lines.model, lines.shots, lines.inner_lr) == ("mlp", 10, 0.01)
+    assert settings({"algorithm": "reptile", "inner_lr": 0.5}, None).inner_lr == 0.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--estimator", "first", "--memory", "segments:1", "--dtype", "float64"),
+        ("--estimator", "mixed", "--memory", "revolve:1", "--dtype", "bfloat16"),
+        ("--estimator", "truncated:1", "--memory", "segments", "--schedule", "cosine", "--clip", "1"),
+        ("--estimator", "es:0.01:2", "--alarm", "skip", "--limit", "1e9", "--patience", "1", "--accumulate", "2"),
+        ("--tasks", "sinusoids", "--strategy", "loop", "--validate-every", "0"),
+    ],
+)
+def test_settings_that_go_together(options: tuple[str, ...], tmp_path: Path) -> None:
+    result = train("maml", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("kind", ["rnnprop", "mlp", "hierarchical", "lstm"])
+def test_kinds_of_learned_optimizers_and_persistent_strategies(kind: str, tmp_path: Path) -> None:
+    result = train("l2l", tmp_path, "--optimizer", kind, "--estimator", "pes:0.01:2")
+    assert result.exit_code == 0, result.output
+
+
+ERRORS: list[tuple[tuple[str, ...], str]] = [
+    (("train",), "algorithm is None, expected one of maml, anil"),
+    (("train", "mamal"), "algorithm is 'mamal', expected one of maml"),
+    (("train", "maml", "--steps", "0"), "steps is 0, expected a positive integer"),
+    (("train", "maml", "--seed", "-1"), "seed is -1"),
+    (("train", "maml", "--meta-lr", "0"), "meta_lr is 0.0, expected a positive number"),
+    (("train", "maml", "--clip", "-1"), "clip is -1.0, expected 0 for none, or a positive number"),
+    (("train", "maml", "--schedule", "steps"), "schedule is 'steps', expected one of constant, cosine"),
+    (("train", "maml", "--patience", "2", "--validate-every", "0"), "patience needs validations"),
+    (("train", "maml", "--estimator", "third"), "estimator is 'third', expected one of second, first, mixed, trunc"),
+    (("train", "maml", "--estimator", "es:x:2"), "estimator is 'es:x:2', expected one of"),
+    (("train", "maml", "--estimator", "es:-1:2"), "sigma is -1.0, expected a positive number"),
+    (("train", "maml", "--memory", "revolve"), "memory is 'revolve', expected one of store, segments[:LENGTH], revol"),
+    (("train", "reptile", "--estimator", "first"), "estimator is 'first', but reptile has its own"),
+    (("train", "maml", "--tasks", "quadratics"), "data is 'quadratics', expected glyphs"),
+    (("train", "l2l", "--tasks", "glyphs"), "tasks is 'glyphs', expected quadratics for l2l"),
+    (("train", "l2l", "--optimizer", "adam"), "optimizer is 'adam', expected one of linear, lstm"),
+    (("train", "dynamic_lm", "--tasks", "novels"), "tasks is 'novels', expected pydoc, wikipedia"),
+    (("train", "dynamic_lm", "--estimator", "es:1:2"), "estimator is 'es:1:2', which does not go with dynamic_lm"),
+    (("train", "maml", "--config", "nowhere.toml"), "nowhere.toml can not be read as TOML"),
+    (("evaluate", "nowhere"), "nowhere has no config.toml. Pass the folder of a run"),
+    (("evaluate", "nowhere", "--part", "all"), "part is 'all', expected one of 'train', 'validation', 'test'"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), ERRORS, ids=lambda value: " ".join(value)[:40] if value else "")
+def test_errors_are_said_in_a_line(
+    words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call(*words)
+    assert result.exit_code == 2
+    assert f"Error: {message}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz = 3", "sets 'stepz', which is no setting. Known are algorithm, tasks"),
+        ('steps = "many"', "sets steps to 'many', expected a value of type int"),
+        ("steps = true", "sets steps to True, expected a value of type int"),
+        ("= 3", "can not be read as TOML"),
+    ],
+)
+def test_a_file_with_something_else(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    result = call("train", "maml", "--config", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "run"))
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_and_not_changed(tmp_path: Path) -> None:
+    assert train("maml", tmp_path).exit_code == 0
+    assert "has a run in it. Pass --resume to go on with it, or another --out" in train("maml", tmp_path).output
+    changed = call("train", "--out", str(tmp_path), "--resume", "--inner-lr", "0.3")
+    assert changed.exit_code == 2
+    assert "begun with other settings: inner_lr was 0.1, now 0.3. Resume it without them" in changed.output
+    (tmp_path / "checkpoints" / "step-00000004.safetensors").write_bytes(b"")
+    damaged = call("train", "--out", str(tmp_path), "--resume", "--steps", "5")
+    assert damaged.exit_code == 2
+    assert "step-00000003.safetensors is older: pass damaged='previous'" in damaged.output
+    previous = call("train", "--out", str(tmp_path), "--resume", "--steps", "5", "--damaged", "previous")
+    assert "Ended after step 5" in previous.output
+
+
+def test_a_diverging_run_ends_with_an_error(tmp_path: Path) -> None:
+    result = train("maml", tmp_path, "--limit", "1e-9")
+    assert result.exit_code == 2
+    assert "Error: Outer step 1: The meta-gradient has the norm" in result.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_command_with_a_line(number: signal.Signals, tmp_path: Path) -> None:
+    words = ["train", "maml", "--out", str(tmp_path), *IMAGES, "--steps", "100000", "--validate-every", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "funcmeta", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"Stopped by {number.name} after step " in text
+    assert f"To go on: funcmeta train --out {tmp_path} --resume" in text
+    step = len(log.read_text().splitlines())
+    assert [path.name for path in (tmp_path / "checkpoints").glob(f"*{step:08d}*")]
+    resumed = call("train", "--out", str(tmp_path), "--resume", "--steps", str(step + 1))
+    assert f"Ended after step {step + 1}" in resumed.output
