@@ -15,10 +15,11 @@ from rich.table import Column, Table
 from funcmeta._files import written
 from funcmeta.cli._options import Options
 from funcmeta.cli._subject import Subject
-from funcmeta.cli._training import Curve, Mean
+from funcmeta.cli._training import Curve
 from funcmeta.compare import Comparison
 from funcmeta.compare._plot import COLORS, draw_agreement, draw_cost, figure, save
 from funcmeta.compare._table import lines, time_text
+from funcmeta.training import Mean
 
 
 class Trial(NamedTuple):

@@ -13,13 +13,14 @@ from funcmeta._errors import ArgumentError
 from funcmeta.cli._options import Options
 from funcmeta.cli._report import Report, Training, Trial
 from funcmeta.cli._subject import Subject, subject
-from funcmeta.cli._training import Plan, mean
+from funcmeta.cli._training import Plan
 from funcmeta.compare import Comparison, compare
 from funcmeta.compare._plot import figure
 from funcmeta.estimators import Estimator, FirstOrder, Reptile, Reverse
 from funcmeta.model import init_params
 from funcmeta.optim import sgd
 from funcmeta.problem import inner_problem
+from funcmeta.training import Mean
 
 ESTIMATORS: dict[str, tuple[str, Estimator]] = {
     "second": ("second order", Reverse()),
@@ -131,10 +132,10 @@ def trained(topic: Subject, options: Options, estimators: dict[str, Estimator], 
     line = plan.validate(initial, longer)
     scratch = plan.scores(initial, "test", options.test_tasks, longer)
     entrants = [("random", initial), *[(curve.name, curve.params) for curve in curves]]
-    trials = [Trial("random", longer, mean(scratch), None)]
+    trials = [Trial("random", longer, Mean.of(scratch), None)]
     progress.advance(job)
     for name, params in entrants:
         scores = plan.scores(params, "test", options.test_tasks, options.steps)
-        trials.append(Trial(name, options.steps, mean(scores), mean(scores - scratch)))
+        trials.append(Trial(name, options.steps, Mean.of(scores), Mean.of(scores - scratch)))
         progress.advance(job)
     return Training(curves, line, trials)

@@ -1,6 +1,5 @@
 """Meta-train with an estimator, and judge what was learned on tasks that were held out."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from funcmeta.model import functionalize
 from funcmeta.optim import sgd
 from funcmeta.problem import InnerState, inner_problem
 from funcmeta.tasks import Task
+from funcmeta.training import Mean
 from funcmeta.unroll_batch import unroll_batch
 
 CHUNK = 20
@@ -28,17 +28,6 @@ VALIDATION_TASKS = 20
 
 POINTS = 6
 """How often the score is validated during meta-training, besides at its end."""
-
-
-class Mean(NamedTuple):
-    """A mean over tasks, and half the width of its 95 % interval (normal approximation)."""
-
-    value: float
-    margin: float
-
-    def __format__(self, sign: str) -> str:
-        """Both, to three decimals; ``+`` shows the sign."""
-        return f"{self.value:{sign}.3f} ± {self.margin:.3f}"
 
 
 class Point(NamedTuple):
@@ -96,7 +85,7 @@ class Plan:
 
     def validate(self, params: Params, steps: int) -> Mean:
         """The score on the validation tasks, always the same."""
-        return mean(self.scores(params, "validation", VALIDATION_TASKS, steps))
+        return Mean.of(self.scores(params, "validation", VALIDATION_TASKS, steps))
 
     def scores(self, params: Params, split: str, tasks: int, steps: int) -> Tensor:
         """The score after adaptation on each of some tasks of a split: [tasks]."""
@@ -120,8 +109,3 @@ class Plan:
             meta = {"params": tree.detach(params)}
             state = unroll_batch(problem, meta, tasks, steps=steps, strategy="vmap").state
             return over_tasks(judge, count(tasks.query))(state, tasks.query)  # type: ignore[no-any-return]
-
-
-def mean(scores: Tensor) -> Mean:
-    """The mean with its interval."""
-    return Mean(scores.mean().item(), 1.96 * scores.std().item() / math.sqrt(len(scores)))
