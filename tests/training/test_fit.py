@@ -166,6 +166,34 @@ def test_the_best_is_kept_and_patience_ends() -> None:
     assert fit(down(), TASKS, sgd, steps=9, validation=highest).meta.item() == -6
 
 
+def test_the_best_and_the_patience_are_resumed(tmp_path: Path) -> None:
+    def stop(record: Record) -> None:
+        if record.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    held_out = Validation(TASKS, every=2, number=3, score=lambda predict, task: predict.abs(), patience=2)
+    options: dict[str, Any] = {"steps": 100, "validation": held_out}
+    assert fit(down(), TASKS, sgd, folder=Folder(tmp_path), watch=[stop], **options).step == 5
+    resumed = fit(down(), TASKS, sgd, folder=Folder(tmp_path, resume=True), **options)
+    assert (resumed.ended, resumed.step, resumed.meta.item()) == ("patience", 6, 1)
+
+
+def test_draws_from_the_global_generator_follow_the_seed_and_the_step(tmp_path: Path) -> None:
+    drawn: list[float] = []
+
+    class Draws:
+        def sample_batch(self, seed: int, tasks: int) -> fm.Task:
+            drawn.append(torch.rand(()).item())
+            return TASKS.sample_batch(seed, tasks)
+
+    fit(down(), Draws(), sgd, steps=4)
+    assert len(set(drawn)) == 4
+    for steps in (1, 3, 4):
+        torch.rand(steps)
+        fit(down(), Draws(), sgd, steps=steps, folder=Folder(tmp_path, resume=True))
+    assert drawn[4:] == drawn[:4]
+
+
 def test_without_a_score_the_loss_is_judged() -> None:
     found = evaluate(down(), torch.tensor(2.0), TASKS, number=4)
     assert found.scores.tolist() == [2.0] * 4
