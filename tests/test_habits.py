@@ -1,4 +1,4 @@
-"""The repository keeps its habits: style, types, the site, the set-up lines, the sizes, and what the wheel carries."""
+"""The repository keeps its habits: style, types, the set-up lines, the sizes, and what the wheel carries."""
 
 import importlib.metadata
 import os
@@ -82,14 +82,6 @@ def test_types_are_checked_strictly() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
     assert settings["strict"] is True
     assert not any("ignore_errors" in each for each in settings.get("overrides", []))
-
-
-def test_the_site_builds(tmp_path: Path) -> None:
-    check("mkdocs", "build", "--strict", "--quiet", "-f", ".mkdocs.yml", "-d", str(tmp_path / "site"))
-    pages = list((tmp_path / "site").rglob("*.html"))
-    assert pages
-    remote = re.compile(r"""<(?:script|link|img)[^>]+(?:src|href)=["']?https?://""")
-    assert [page.name for page in pages if remote.search(page.read_text(encoding="utf-8"))] == []
 
 
 def test_the_tests_that_the_docs_name_exist() -> None:
