@@ -71,7 +71,8 @@ def starts() -> fm.Comparison:
 def table(comparison: fm.Comparison) -> list[str]:
     """The rows in Markdown."""
     lines = [
-        "| estimator | cosine | norm ratio | relative error | time, of `Reverse` | memory, of `Reverse` | evaluations |",
+        "| estimator | cosine | norm ratio | relative error "
+        "| time, of `Reverse` | memory, of `Reverse` | evaluations |",
         "|---|---|---|---|---|---|---|",
     ]
     exact = comparison.rows[0]
@@ -87,8 +88,8 @@ def table(comparison: fm.Comparison) -> list[str]:
 def main() -> None:
     """Measure, and put the tables into the page."""
     lines = [
-        f"Measured with torch {torch.__version__} on {platform.machine()}, {torch.get_num_threads()} threads. Times are "
-        "medians of interleaved runs, memory is the peak of live tensors."
+        f"Measured with torch {torch.__version__} on {platform.machine()}, {torch.get_num_threads()} threads. "
+        "Times are medians of interleaved runs, memory is the peak of live tensors."
     ]
     for made in (hypers, starts):
         comparison = made()

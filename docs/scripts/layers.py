@@ -13,7 +13,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 DOCS = Path(__file__).parents[1]
 sys.path.insert(0, str(DOCS.parent / "tests"))
 
-from test_layers import LAYERS
+from test_layers import LAYERS  # noqa: E402
 
 WIDTH, LINE, GAP, COLOR = 6.4, 62, 0.14, "#455a64"
 

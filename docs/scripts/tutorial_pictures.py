@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import tempfile
-
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -58,22 +57,22 @@ def arrow(
 
 def step() -> None:
     """One training step."""
-    axes = canvas(7.2, 2.3)
-    middle = 1.0
+    axes = canvas(7.2, 2.05)
+    middle = 0.75
     box(axes, 0.7, middle, "parameters θ", STATE, 1.2)
     box(axes, 2.3, middle, "model,\nloss ℓ", WORK, 0.95, 0.6)
     box(axes, 3.95, middle, "gradient g", WORK, 1.1)
     box(axes, 5.35, middle, "optimizer", LEARNED, 1.0)
     box(axes, 6.65, middle, "θ′", STATE, 0.6)
-    box(axes, 2.3, 1.95, "batch", DATA, 0.9, 0.4)
+    box(axes, 2.3, 1.75, "batch", DATA, 0.9, 0.4)
     arrow(axes, (1.3, middle), (1.82, middle))
-    arrow(axes, (2.3, 1.75), (2.3, 1.3))
+    arrow(axes, (2.3, 1.55), (2.3, 1.05))
     arrow(axes, (2.78, middle), (3.4, middle), back=True)
     arrow(axes, (4.5, middle), (4.85, middle))
     arrow(axes, (5.85, middle), (6.35, middle))
-    arrow(axes, (0.7, 0.75), (5.35, 0.75), bend=0.16)
-    axes.text(5.35, 1.36, "with numbers φ", ha="center", fontsize=9)
-    axes.text(3.08, 1.08, "∂ℓ/∂θ", ha="center", fontsize=9, color=BACK)
+    arrow(axes, (0.7, 0.5), (5.35, 0.5), bend=0.16)
+    axes.text(5.35, 1.1, "with numbers φ", ha="center", fontsize=9)
+    axes.text(3.08, 0.83, "∂ℓ/∂θ", ha="center", fontsize=9, color=BACK)
     plt.gcf().savefig(IMAGES / "tutorial_step.svg", metadata={"Date": None})
 
 
