@@ -100,7 +100,7 @@ def test_kinds_of_learned_optimizers_and_persistent_strategies(kind: str, tmp_pa
 
 ERRORS: list[tuple[tuple[str, ...], str]] = [
     (("train",), "algorithm is None, expected one of maml, anil"),
-    (("train", "mamal"), "algorithm is 'mamal', expected one of maml"),
+    (("train", "mmaml"), "algorithm is 'mmaml', expected one of maml"),
     (("train", "maml", "--steps", "0"), "steps is 0, expected a positive integer"),
     (("train", "maml", "--seed", "-1"), "seed is -1"),
     (("train", "maml", "--meta-lr", "0"), "meta_lr is 0.0, expected a positive number"),
