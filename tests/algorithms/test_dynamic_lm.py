@@ -383,3 +383,25 @@ def test_the_first_layer_learns_once_the_second_has_begun() -> None:
     problem, meta, task = problem_of(learn_static=False)
     out = fm.unroll(problem, meta, task, steps=3)
     assert all(slope.any() for slope in torch.autograd.grad(out.loss, list(meta["gates"].values())))
+
+
+def test_static_training_keeps_the_epoch_that_was_best() -> None:
+    train = torch.randint(WORDS, (400,), generator=fm.rng.generator(7))
+    held_out = torch.randint(WORDS, (100,), generator=fm.rng.generator(8))
+    with fm.rng.forked(0):
+        net = dynamic_lm.LanguageModel(WORDS, 8)
+        losses = list(dynamic_lm.train_static(net, train, held_out, epochs=6, lr=0.05, rows=4, length=8))
+    assert len(losses) == 6
+    assert min(losses) < losses[-1]
+    scores, _ = net(held_out[:-1], net.start())
+    assert F.cross_entropy(scores, held_out[1:]).item() == pytest.approx(min(losses), abs=1e-5)
+
+
+def test_static_training_needs_a_text() -> None:
+    net, words = dynamic_lm.LanguageModel(WORDS, 2), torch.zeros(40, dtype=torch.int64)
+    with pytest.raises(fm.ArgumentError, match="the texts have 40 and 1 words, expected at least 32 and 2"):
+        dynamic_lm.train_static(net, words, words[:1], epochs=1)
+    with pytest.raises(fm.ArgumentError, match="epochs is 0, expected a positive integer"):
+        dynamic_lm.train_static(net, words, words, epochs=0)
+    with pytest.raises(fm.ArgumentError, match="lr is 0, expected a positive number"):
+        dynamic_lm.train_static(net, words, words, epochs=1, lr=0)

@@ -315,3 +315,30 @@ def test_a_curriculum_that_gives_no_steps_is_refused() -> None:
     algorithm = build(steps=lambda seed: 0)
     with pytest.raises(fm.ArgumentError, match=r"steps\(seed\) is 0, expected a positive integer"):
         next(iter(algorithm.windows(algorithm.init(), TASKS)))
+
+
+@pytest.mark.parametrize("options", [{}, {"start": None, "learn_start": True}, {"steps": (3, 9)}])
+def test_windows_can_be_taken_one_by_one(options: dict[str, Any]) -> None:
+    algorithm = build(**options)
+    meta = algorithm.init()
+    expected = [loss.item() for loss in algorithm.windows(meta, TASKS, seed=4)]
+    carry, found = algorithm.begin(meta, TASKS, seed=4), []
+    while True:
+        loss, carry = algorithm.window(meta, TASKS, seed=4, carry=carry)
+        found.append(loss.item())
+        if carry is None:
+            break
+    assert found == expected
+
+
+def test_a_carry_of_another_training_is_refused() -> None:
+    algorithm = build()
+    meta = algorithm.init()
+    carry = algorithm.begin(meta, TASKS)
+    assert carry is not None
+    with pytest.raises(fm.ArgumentError, match=r"carry is at step 2 of the training of seed 0, .* begin at \[0, 3\]"):
+        algorithm.window(meta, TASKS, carry=carry._replace(step=2))
+    with pytest.raises(fm.ArgumentError, match=r"carry is at step 6 .* Pass what window or begin returned"):
+        algorithm.window(meta, TASKS, carry=carry._replace(step=6))
+    with pytest.raises(fm.StructureError, match=r"meta has \['params'\], expected \['optimizer'\]"):
+        algorithm.begin({"params": {}}, TASKS)

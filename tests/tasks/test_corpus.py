@@ -48,6 +48,21 @@ def test_a_stream_has_every_word_and_no_segment_in_two_articles() -> None:
     assert task.query is None
 
 
+def test_streams_have_the_articles_in_an_order_of_the_seed() -> None:
+    corpus = tasks.corpus(ARTICLES, [], [])
+    streams = corpus.streams(ARTICLES, length=4)
+    first, again, other = (streams.sample(seed) for seed in (0, 0, 1))
+    texts = [torch.cat([task.support(step)[0] for step in range(len(task.spec))]) for task in (first, again, other)]
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+    assert torch.equal(texts[0].sort().values, texts[2].sort().values)
+    alone = streams.alone(3)
+    tokens = corpus.tokens(ARTICLES[3])
+    assert torch.equal(torch.cat([alone.support(step)[0] for step in range(len(alone.spec))]), tokens[:-1])
+    with pytest.raises(ArgumentError, match="length is 0, expected a positive integer"):
+        corpus.streams(ARTICLES, 0)
+
+
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"validation \+ test is 10, expected less than 10.*Leave some to train on"):
         tasks.split(ARTICLES, validation=4, test=6)
