@@ -10,10 +10,11 @@ from funcmeta._check import check_choice, check_count, check_positive
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Meta
 from funcmeta.tasks import Sampler, Streams
+from funcmeta.training._carries import Spread
 from funcmeta.training._codec import encode
 from funcmeta.training._evaluation import Validation
 from funcmeta.training._folder import Folder, Record, Store
-from funcmeta.training._objective import Spread, objective
+from funcmeta.training._objective import objective
 from funcmeta.training._ranks import Ranks
 from funcmeta.training._run import Alarm, Optimizer, Plan, Run, Scheduler
 from funcmeta.training._signals import Signals
@@ -72,7 +73,7 @@ def fit(
     same bytes as one that was not, if the algorithm was built with strategy "vmap" or "loop" ("auto" measures time).
 
     Where ``torch.distributed`` is initialized, every process calls ``fit`` with the same arguments; gradients are
-    averaged by ``DistributedDataParallel``, and the first process writes.
+    averaged over the processes, and the first one writes.
 
     Args:
         algorithm: what ``algorithms.<name>.build`` returned, or an ``Algorithm`` of your own.
@@ -153,7 +154,12 @@ def _opened(run: Run, store: Store | None) -> list[Record]:
     found = store.newest()
     if found is not None:
         run.restore(found)
-    run.ranks.gathered(None)  # nothing is written before all have looked
+    steps = run.ranks.gathered(found and found["step"])  # nothing is written before all have looked
+    if len(set(steps)) > 1:
+        raise ArgumentError(
+            f"The processes found the checkpoints of the steps {steps}, in the order of their ranks. Give them one "
+            f"folder that all of them can read."
+        )
     return [] if run.ranks.rank else store.begin_log(-1 if found is None else run.step)
 
 

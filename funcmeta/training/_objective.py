@@ -2,24 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from funcmeta import tree
 from funcmeta._batching import take
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Meta
 from funcmeta.algorithms import Algorithm, dynamic_lm, l2l
-from funcmeta.estimators import Particles
 from funcmeta.problem import Predict
 from funcmeta.tasks import Sampler, Streams, Task
 from funcmeta.tasks._task import seeds, unstack
+from funcmeta.training import _carries
+from funcmeta.training._carries import Spread
 from funcmeta.unroll import Carry
 
 Score = Callable[[Predict, Task], Tensor | float]
-Spread = Literal["tasks", "particles"]
 
 
 class Objective(Protocol):
@@ -115,35 +114,11 @@ class _Windows(_Whole):
         return self.algorithm.window(meta, batch, seed=seed, carry=carry)
 
     def part_of_carry(self, carry: Carry | None, rank: int, ranks: int) -> Carry | None:
-        if carry is None:
-            return None
-        state, particles = carry.state, carry.particles
-        if self.spread == "tasks":
-            state = _rows(state, 0, rank, ranks)
-            if particles and ranks > 1:
-                _check_one_batch(particles)
-                particles = particles._replace(states=_rows(particles.states, 1, rank, ranks))
-        elif particles and ranks > 1:
-            _check_one_batch(particles)
-            signs = tree.map(_both_signs, particles.states)
-            states = tree.map(_one_row, _rows(signs, 1, rank, ranks))
-            particles = Particles(states, _rows(particles.sums, 0, rank, ranks))
-        return Carry(state, carry.step, particles)
+        return carry and _carries.part(carry, self.spread, rank, ranks)
 
     def joined(self, carries: list[Carry | None]) -> Carry | None:
-        first, particles = carries[0], [each.particles for each in carries if each and each.particles]
-        if first is None or len(carries) == 1:
-            return first
-        if self.spread == "tasks":
-            state = _cat([each.state for each in carries if each], 0)
-            joined = particles[0]._replace(states=_cat([each.states for each in particles], 1)) if particles else None
-            return Carry(state, first.step, joined)
-        if not particles:
-            return first
-        signs = _cat([tree.map(_both_signs, each.states) for each in particles], 1)
-        return first._replace(
-            particles=Particles(tree.map(_one_row, signs), _cat([each.sums for each in particles], 0))
-        )
+        present = [each for each in carries if each]
+        return _carries.joined(present, self.spread) if present else None
 
 
 @dataclass(frozen=True)
@@ -169,7 +144,7 @@ class _Streams:
         return batch[rows]
 
     def part_of_carry(self, carry: list[Carry] | None, rank: int, ranks: int) -> list[Carry] | None:
-        return None if carry is None else carry[_share(len(carry), rank, ranks)]
+        return None if carry is None else carry[rank * len(carry) // ranks : (rank + 1) * len(carry) // ranks]
 
     def joined(self, carries: list[list[Carry] | None]) -> list[Carry] | None:
         return None if carries[0] is None else [each for part in carries for each in part or ()]
@@ -182,42 +157,3 @@ class _Streams:
                 f"Leave score out, and judge on no more than these."
             )
         return torch.cat(self.algorithm.adapt(meta, self.tasks.alone(index)).losses).mean().item()
-
-
-def _check_one_batch(particles: Particles) -> None:
-    """Raise unless the particles come first, as where stacked tasks run as one batch."""
-    pairs = particles.sums[0].shape[0]
-    if any(leaf.shape[0] != 2 * pairs for leaf in tree.tensors(particles.states)):
-        raise ArgumentError(
-            "The particles of stacked tasks were made task by task, and can not be shared among processes. Build the "
-            "algorithm with strategy='vmap'."
-        )
-
-
-def _share(number: int, rank: int, ranks: int) -> slice:
-    """The part of a rank when a number of things, which the ranks divide, is shared."""
-    return slice(rank * number // ranks, (rank + 1) * number // ranks)
-
-
-def _rows(value: Any, dim: int, rank: int, ranks: int) -> Any:
-    def part(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        rows = _share(leaf.shape[dim], rank, ranks)
-        return leaf.narrow(dim, rows.start, rows.stop - rows.start)
-
-    return tree.map(part, value)
-
-
-def _cat(values: list[Any], dim: int) -> Any:
-    return tree.map(lambda *column: torch.cat(column, dim) if isinstance(column[0], Tensor) else column[0], *values)
-
-
-def _both_signs(leaf: Any) -> Any:
-    """[2 · pairs, ...] as [2, pairs, ...]."""
-    return leaf.reshape(2, -1, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf
-
-
-def _one_row(leaf: Any) -> Any:
-    """[2, pairs, ...] as [2 · pairs, ...]."""
-    return leaf.flatten(0, 1) if isinstance(leaf, Tensor) else leaf

@@ -1,16 +1,12 @@
 """One process among those that train together, or the only one."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from funcmeta import tree
-from funcmeta._typing import Meta
-from funcmeta.training._objective import Objective
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -39,33 +35,25 @@ class Ranks:
         dist.all_gather_object(found, value)
         return found
 
+    def begin_alike(self, leaves: Sequence[Tensor]) -> None:
+        """Give every process the values of the first one."""
+        if self.number > 1:
+            for leaf in leaves:
+                values = leaf.detach().contiguous()
+                dist.broadcast(values, 0)
+                leaf.detach().copy_(values)
 
-class Averaged:
-    """The loss of an objective whose gradients are averaged over the processes, by ``DistributedDataParallel``."""
+    def average(self, leaves: Sequence[Tensor]) -> None:
+        """Leave the mean of the processes' gradients on every leaf that any of them reached.
 
-    def __init__(self, objective: Objective, meta: Meta, ranks: Ranks) -> None:
-        self._inner = _Loss(objective, meta)
-        self._outer: nn.Module = DistributedDataParallel(self._inner) if ranks.number > 1 else self._inner
-
-    def __call__(self, batch: Any, seed: int, carry: Any) -> tuple[Tensor, Any]:
-        """The loss of this process's part, and its carry."""
-        return self._outer(batch, seed, carry), self._inner.carry
-
-    def apart(self, alone: bool) -> AbstractContextManager[Any]:
-        """A block whose gradients are not averaged yet, because more are to be added to them."""
-        if alone and isinstance(self._outer, DistributedDataParallel):
-            return self._outer.no_sync()
-        return nullcontext()
-
-
-class _Loss(nn.Module):
-    """The unroll lies in the forward pass, so that the hooks of the wrapper find the leaves of ``meta``."""
-
-    def __init__(self, objective: Objective, meta: Meta) -> None:
-        super().__init__()
-        self._objective, self._meta, self.carry = objective, (meta,), None
-        self.learned = nn.ParameterList([leaf for leaf in tree.leaves(meta) if leaf.requires_grad])
-
-    def forward(self, batch: Any, seed: int, carry: Any) -> Tensor:
-        loss, self.carry = self._objective.loss(self._meta[0], batch, seed, carry)
-        return loss
+        Every inner step reads meta, so no gradient of it is complete before the backward pass is: there is nothing that
+        ``DistributedDataParallel`` could send earlier.
+        """
+        if self.number == 1:
+            return
+        reached = zip(*self.gathered([leaf.grad is not None for leaf in leaves]), strict=True)
+        for leaf, flags in zip(leaves, reached, strict=True):
+            if any(flags):
+                mean = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / self.number
+                leaf.grad = mean.contiguous()
+                dist.all_reduce(leaf.grad)

@@ -12,10 +12,11 @@ from torch import Tensor
 from funcmeta import rng, tree
 from funcmeta._errors import ArgumentError, DivergenceError, NonFiniteError
 from funcmeta._typing import Meta
+from funcmeta.training._carries import Spread
 from funcmeta.training._evaluation import Validation, judged
 from funcmeta.training._folder import Record, finite
-from funcmeta.training._objective import Objective, Spread
-from funcmeta.training._ranks import Averaged, Ranks
+from funcmeta.training._objective import Objective
+from funcmeta.training._ranks import Ranks
 
 Optimizer = torch.optim.Optimizer
 Scheduler = torch.optim.lr_scheduler.LRScheduler
@@ -87,6 +88,7 @@ class Run:
         self.meta, self.validation, self.ranks = meta, plan.validation, ranks
         self._aim, self._plan = aim, plan
         self._learned = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
+        ranks.begin_alike(tree.leaves(meta))
         self._optimizer = optimizer(meta)
         if not isinstance(self._optimizer, Optimizer):
             raise ArgumentError(
@@ -99,7 +101,6 @@ class Run:
                 "scheduler made a ReduceLROnPlateau, which waits for a score that fit does not give it. Pass another, "
                 "or alarm=Alarm('lower')."
             )
-        self._loss = Averaged(aim, meta, ranks)
         self.step, self.alarms, self.lanes = 0, 0, [_Lane(number) for number in range(plan.accumulate)]
         self.best: _Best | None = None
         self.begun = False
@@ -208,22 +209,22 @@ class Run:
 
     def _gradients(self) -> tuple[float, float, str | None]:
         """Leave the mean meta-gradient on ``meta``. Returns mean loss, norm, and what is wrong if anything."""
-        self._optimizer.zero_grad()
-        total, trouble = 0.0, None
-        for place, lane in enumerate(self.lanes):
-            with self._loss.apart(place + 1 < len(self.lanes)):
-                loss, error = self._forward(lane)
-                errors = self.ranks.gathered(error)
-                trouble = next((each for each in errors if each), None)
-                if trouble:
-                    break
-                assert loss is not None
-                (loss / len(self.lanes)).backward()  # type: ignore[no-untyped-call]
-            total += sum(self.ranks.gathered(loss.item())) / self.ranks.number / len(self.lanes)
-        if trouble:
-            for lane in self.lanes:  # the trainings that led here are given up
+        for leaf in self._learned:
+            leaf.grad = None
+        total = 0.0
+        for lane in self.lanes:
+            loss, error = self._forward(lane)
+            everyone = self.ranks.gathered((None if loss is None else loss.item(), error))
+            trouble = next((each for _, each in everyone if each), None)
+            if trouble or loss is None:
+                self._give_up()
+                return math.nan, math.nan, trouble
+            (loss / len(self.lanes)).backward()  # type: ignore[no-untyped-call]
+            total += sum(each for each, _ in everyone) / self.ranks.number / len(self.lanes)
+            if lane.carry is None:
                 self._next(lane)
-            return math.nan, math.nan, trouble
+        self.ranks.average(self._learned)
+        trouble = None
         norm = torch.nn.utils.clip_grad_norm_(self._learned, self._plan.clip or math.inf).item()
         if not math.isfinite(norm):
             trouble = "The meta-gradient is not finite."
@@ -235,12 +236,9 @@ class Run:
         if lane.batch is None:
             self._fill(lane)
         try:
-            loss, carry = self._loss(lane.batch, lane.number, lane.carry)
+            loss, lane.carry = self._aim.loss(self.meta, lane.batch, lane.number, lane.carry)
         except NonFiniteError as error:
             return None, str(error)
-        lane.carry = carry
-        if carry is None:
-            self._next(lane)
         return loss, None
 
     def _fill(self, lane: _Lane) -> None:
@@ -252,6 +250,12 @@ class Run:
         share = self._plan.batch_size // ranks
         rows = slice(rank * share, (rank + 1) * share)
         lane.batch = whole if self._plan.spread == "particles" else self._aim.part_of_batch(whole, rows)
+
+    def _give_up(self) -> None:
+        """Leave the trainings that led here, in every process alike."""
+        for lane in self.lanes:
+            if lane.batch is not None or lane.carry is not None:
+                self._next(lane)
 
     def _next(self, lane: _Lane) -> None:
         lane.number, lane.carry, lane.batch = lane.number + len(self.lanes), None, None
