@@ -238,7 +238,7 @@ class Run:
         try:
             loss, lane.carry = self._aim.loss(self.meta, lane.batch, lane.number, lane.carry)
         except NonFiniteError as error:
-            return None, str(error)
+            return None, f"In process {self.ranks.rank}: {error}" if self.ranks.number > 1 else str(error)
         return loss, None
 
     def _fill(self, lane: _Lane) -> None:

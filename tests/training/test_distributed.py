@@ -1,0 +1,166 @@
+"""Several processes under torchrun end where one does, whatever they share; and they end together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_cases import CASES, train
+
+STEPS = 7
+HERE = Path(__file__).parent
+
+WORKER = f"""
+import json, os, signal, sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, {str(HERE)!r})
+from distributed_cases import here, momentum, train
+
+
+def doomed(meta):
+    '''An optimizer whose fifth step one process does not survive.'''
+    optimizer = momentum(meta)
+    steps = iter(range(5))
+    kill = lambda *_: None if next(steps) < 4 else os.kill(os.getpid(), signal.SIGKILL)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        optimizer.register_step_post_hook(kill)
+    return optimizer
+
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+out = Path(sys.argv[2])
+for number, job in enumerate(json.loads(sys.argv[1])):
+    if job.pop("killed", False):
+        job["optimizer"] = doomed
+    if job.pop("apart", False):
+        job["folder"] += str(dist.get_rank())
+    found = train(share=here(), **job)
+    torch.save(found, out / f"{{number}}.{{dist.get_rank()}}.pt")
+dist.destroy_process_group()
+"""
+
+
+def begun(ranks: int, jobs: list[dict[str, Any]], out: Path) -> subprocess.Popen[str]:
+    """A torchrun of so many processes, which do one job after the other."""
+    out.mkdir(parents=True, exist_ok=True)
+    script = out / "worker.py"
+    script.write_text(WORKER, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = [f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *where, str(script), json.dumps(jobs), str(out)]
+    settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        command, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def done(ranks: int, jobs: list[dict[str, Any]], out: Path) -> list[list[dict[str, Any]]]:
+    """What each process got from each job."""
+    process = begun(ranks, jobs, out)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return [[torch.load(out / f"{number}.{rank}.pt") for rank in range(ranks)] for number in range(len(jobs))]
+
+
+def alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    torch.testing.assert_close(found["learned"], expected["learned"], rtol=1e-9, atol=1e-9)
+    steps = len(found["figures"])  # a process that took up the run of others knows its own steps only
+    torch.testing.assert_close(found["figures"], expected["figures"][-steps:], rtol=1e-9, atol=1e-9, equal_nan=True)
+    assert found["ended"] == expected["ended"]
+
+
+@pytest.fixture(scope="module")
+def expected() -> Any:
+    """What one process gets."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def result(name: str) -> dict[str, Any]:
+        if name not in known:
+            known[name] = train(name, STEPS)
+        return known[name]
+
+    return result
+
+
+RESUMED = ("watched", "exact windows", "persistent particles", "persistent particles in a loop", "reading")
+FEW = ("reverse", "learned start", "evolution strategies", "particles of all tasks", "skipping one of two")
+"""What four processes are asked for, beside those that are resumed."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def two(folders: Path) -> dict[str, list[dict[str, Any]]]:
+    """All cases in two processes; the first steps of some, for others to go on; and what is refused."""
+    for name in RESUMED:
+        train(name, 4, folder=folders / "one" / name)
+    jobs: dict[str, dict[str, Any]] = {name: {"name": name, "steps": STEPS} for name in CASES}
+    for name in RESUMED:
+        for number in ("one", "four"):
+            folder = str(folders / f"two for {number}" / name)
+            jobs[f"{name}, for {number}"] = {"name": name, "steps": 4, "folder": folder}
+        jobs[f"{name}, of one"] = {"name": name, "steps": STEPS, "folder": str(folders / "one" / name)}
+    jobs["odd"] = {"name": "reverse", "steps": 1, "batch_size": 3}
+    return dict(zip(jobs, done(2, list(jobs.values()), folders / "out two"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def four(two: Any, folders: Path) -> dict[str, list[dict[str, Any]]]:
+    """Some cases in four processes, and what two have begun."""
+    jobs: dict[str, dict[str, Any]] = {name: {"name": name, "steps": STEPS} for name in FEW}
+    for name in RESUMED:
+        jobs[f"{name}, of two"] = {"name": name, "steps": STEPS, "folder": str(folders / "two for four" / name)}
+    return dict(zip(jobs, done(4, list(jobs.values()), folders / "out four"), strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "stopping"])
+def test_two_processes_end_where_one_does(name: str, two: Any, expected: Any) -> None:
+    first, second = two[name]
+    alike(first, expected(name))
+    assert all(torch.equal(leaf, second["learned"][path]) for path, leaf in first["learned"].items())
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_four_processes_end_where_one_does(name: str, four: Any, expected: Any) -> None:
+    alike(four[name][0], expected(name))
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_one_process_goes_on_with_the_run_of_two(name: str, two: Any, folders: Path, expected: Any) -> None:
+    alike(train(name, STEPS, folder=folders / "two for one" / name), expected(name))
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_two_processes_go_on_with_the_run_of_one(name: str, two: Any, expected: Any) -> None:
+    alike(two[f"{name}, of one"][0], expected(name))
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_four_processes_go_on_with_the_run_of_two(name: str, four: Any, expected: Any) -> None:
+    alike(four[f"{name}, of two"][0], expected(name))
+
+
+def test_all_stop_where_one_process_has_no_finite_loss(two: Any) -> None:
+    first, second = two["stopping"]
+    assert first["error"].startswith("DivergenceError: Outer step 2: In process 1: The inner loss of step 0, task 1 is")
+    assert first == second
+
+
+def test_a_batch_that_the_processes_can_not_share(two: Any) -> None:
+    says = "ArgumentError: batch_size is 3, which 2 processes can not share evenly. Pass a multiple."
+    assert two["odd"] == [{"error": says}] * 2
