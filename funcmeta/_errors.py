@@ -200,6 +200,17 @@ class DivergenceError(FuncmetaError, ArithmeticError):
     """
 
 
+class LostProcessError(FuncmetaError, RuntimeError):
+    """One of the processes that train together does not answer any more.
+
+    Examples:
+        >>> issubclass(LostProcessError, RuntimeError)
+        True
+
+    Source: this library.
+    """
+
+
 class MissingExtraError(FuncmetaError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it.
 

@@ -101,6 +101,7 @@ def fit(
             learned, the folder has a run that is not to be resumed, or the run was begun with other settings.
         DataError: a checkpoint can not be read, or needs a class that is not imported.
         SaveError: the system does not take a file.
+        LostProcessError: another process ended, or can not be reached.
         DivergenceError: the alarm says stop, or 100 steps in a row were left out.
 
     Examples:

@@ -1,12 +1,15 @@
 """One process among those that train together, or the only one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from funcmeta._errors import LostProcessError
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Ranks:
         if self.number == 1:
             return [value]
         found: list[Any] = [None] * self.number
-        dist.all_gather_object(found, value)
+        with self._together():
+            dist.all_gather_object(found, value)
         return found
 
     def begin_alike(self, leaves: Sequence[Tensor]) -> None:
@@ -40,7 +44,8 @@ class Ranks:
         if self.number > 1:
             for leaf in leaves:
                 values = leaf.detach().contiguous()
-                dist.broadcast(values, 0)
+                with self._together():
+                    dist.broadcast(values, 0)
                 leaf.detach().copy_(values)
 
     def average(self, leaves: Sequence[Tensor]) -> None:
@@ -56,4 +61,16 @@ class Ranks:
             if any(flags):
                 mean = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / self.number
                 leaf.grad = mean.contiguous()
-                dist.all_reduce(leaf.grad)
+                with self._together():
+                    dist.all_reduce(leaf.grad)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Say what it means when the processes can not do a thing together."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostProcessError(
+                f"Process {self.rank} of {self.number} can not reach the others: {str(error).splitlines()[0]} Look at "
+                f"what they said last, and go on from the newest checkpoint with resume=True (--resume)."
+            ) from error

@@ -5,6 +5,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +47,15 @@ for number, job in enumerate(json.loads(sys.argv[1])):
         job["optimizer"] = doomed
     if job.pop("apart", False):
         job["folder"] += str(dist.get_rank())
-    found = train(share=here(), **job)
+    left = job.pop("left", False) and dist.get_rank()
+    found = {{}} if left else train(share=here(), **job)
     torch.save(found, out / f"{{number}}.{{dist.get_rank()}}.pt")
 dist.destroy_process_group()
 """
 
 
-def begun(ranks: int, jobs: list[dict[str, Any]], out: Path) -> subprocess.Popen[str]:
+@contextmanager
+def begun(ranks: int, jobs: list[dict[str, Any]], out: Path) -> Iterator[subprocess.Popen[str]]:
     """A torchrun of so many processes, which do one job after the other."""
     out.mkdir(parents=True, exist_ok=True)
     script = out / "worker.py"
@@ -61,15 +66,18 @@ def begun(ranks: int, jobs: list[dict[str, Any]], out: Path) -> subprocess.Popen
     where = [f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1", f"--master-port={port}"]
     command = [sys.executable, "-m", "torch.distributed.run", *where, str(script), json.dumps(jobs), str(out)]
     settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.Popen(
-        command, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=os.environ | settings, **output) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 def done(ranks: int, jobs: list[dict[str, Any]], out: Path) -> list[list[dict[str, Any]]]:
     """What each process got from each job."""
-    process = begun(ranks, jobs, out)
-    said, _ = process.communicate(timeout=300)
+    with begun(ranks, jobs, out) as process:
+        said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     return [[torch.load(out / f"{number}.{rank}.pt") for rank in range(ranks)] for number in range(len(jobs))]
 
@@ -94,7 +102,7 @@ def expected() -> Any:
     return result
 
 
-RESUMED = ("watched", "exact windows", "persistent particles", "persistent particles in a loop", "reading")
+RESUMED = ("watched", "exact windows", "persistent particles", "reading")
 FEW = ("reverse", "learned start", "evolution strategies", "particles of all tasks", "skipping one of two")
 """What four processes are asked for, beside those that are resumed."""
 
@@ -116,6 +124,9 @@ def two(folders: Path) -> dict[str, list[dict[str, Any]]]:
             jobs[f"{name}, for {number}"] = {"name": name, "steps": 4, "folder": folder}
         jobs[f"{name}, of one"] = {"name": name, "steps": STEPS, "folder": str(folders / "one" / name)}
     jobs["odd"] = {"name": "reverse", "steps": 1, "batch_size": 3}
+    jobs["apart"] = {"name": "reverse", "steps": 4, "folder": str(folders / "two for one" / "process"), "apart": True}
+    train("reverse", 4, folder=folders / "two for one" / "process0")
+    jobs["left"] = {"name": "reverse", "steps": 4, "left": True}
     return dict(zip(jobs, done(2, list(jobs.values()), folders / "out two"), strict=True))
 
 
@@ -164,3 +175,51 @@ def test_all_stop_where_one_process_has_no_finite_loss(two: Any) -> None:
 def test_a_batch_that_the_processes_can_not_share(two: Any) -> None:
     says = "ArgumentError: batch_size is 3, which 2 processes can not share evenly. Pass a multiple."
     assert two["odd"] == [{"error": says}] * 2
+
+
+def test_processes_that_do_not_see_one_folder(two: Any) -> None:
+    says = (
+        "ArgumentError: The processes found the checkpoints of the steps [4, None], in the order of their ranks. Give"
+    )
+    assert [each["error"][: len(says)] for each in two["apart"]] == [says] * 2
+
+
+def test_a_process_that_is_left_alone_says_so(two: Any) -> None:
+    assert two["left"][0]["error"].startswith("LostProcessError: Process 0 of 2 can not reach the others: ")
+    assert two["left"][0]["error"].endswith("go on from the newest checkpoint with resume=True (--resume).")
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path: Path, expected: Any) -> None:
+    """And the run goes on from its last checkpoint, in one process."""
+    name, folder = "exact windows", tmp_path / "run"
+    job = {"name": name, "steps": STEPS, "folder": str(folder), "killed": True}
+    with begun(2, [job], tmp_path / "out") as process:
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "rank      : 1 (local_rank: 1)" in said
+    assert "Signal 9 (SIGKILL)" in said
+    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()][-1] >= 4
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "step-00000000.safetensors",
+        "step-00000003.safetensors",
+    ]
+    alike(train(name, STEPS, folder=folder), expected(name))
+
+
+def test_sigterm_ends_all_processes_after_one_step(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    job = {"name": "exact windows", "steps": 100_000, "folder": str(folder)}
+    log = folder / "log.jsonl"
+    with begun(2, [job], tmp_path / "out") as process:
+        while not log.exists() or log.read_text().count("\n") < 2:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    first, second = (torch.load(tmp_path / "out" / f"0.{rank}.pt") for rank in range(2))
+    ended, step = first["ended"]
+    assert ended == "SIGTERM", said
+    assert second["ended"] == first["ended"]
+    assert step == json.loads(log.read_text().splitlines()[-1])["step"]
+    assert (folder / "checkpoints" / f"step-{step:08d}.safetensors").exists()
+    assert not (folder / "meta.safetensors").exists()
