@@ -18,6 +18,71 @@ from distributed_cases import CASES, train
 STEPS = 7
 HERE = Path(__file__).parent
 
+WRAPPED = f"""
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import funcmeta as fm
+
+sys.path.insert(0, {str(HERE)!r})
+from distributed_cases import CURVES, few_shot
+
+WAYS = {{
+    "reverse": {{}},
+    "segments": {{"memory": fm.Segments(2)}},
+    "revolve": {{"memory": fm.Revolve(1)}},
+    "mixed mode": {{"estimator": fm.MixedMode()}},
+    "first order": {{"estimator": fm.FirstOrder()}},
+    "evolution strategies": {{"estimator": fm.EvolutionStrategies(0.01, 4)}},
+    "loop": {{"strategy": "loop"}},
+}}
+
+
+class MetaLoss(nn.Module):
+    def __init__(self, algorithm):
+        super().__init__()
+        self.algorithm, self.shape = algorithm, algorithm.init()
+        self.leaves = nn.ParameterList(fm.tree.leaves(self.shape))
+
+    def forward(self, tasks):
+        return self.algorithm.loss(fm.tree.like(self.shape, self.leaves), tasks)
+
+
+def trained(algorithm, rows, wrapper):
+    module = MetaLoss(algorithm)
+    wrapped = wrapper(module)
+    outer = torch.optim.SGD(wrapped.parameters(), lr=1e-2)
+    for index in range(3):
+        tasks = CURVES.sample_batch(index, 4)
+        outer.zero_grad()
+        wrapped(fm.Task(*fm.tree.map(lambda leaf: leaf[rows], tasks[:2]))).backward()
+        outer.step()
+    return [leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for leaf in module.leaves]
+
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+mesh = init_device_mesh("cpu", (2,))
+for options in WAYS.values():
+    algorithm = few_shot(**options)
+    alone = trained(algorithm, slice(None), lambda module: module)
+    for wrapper in (
+        DistributedDataParallel,
+        lambda module: fully_shard(module, mesh=mesh),
+        lambda module: fully_shard(module, mesh=mesh, reshard_after_forward=True),
+    ):
+        ours = trained(algorithm, slice(2 * rank, 2 * rank + 2), wrapper)
+        torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-9)
+"""
+
 WORKER = f"""
 import json, os, signal, sys
 from pathlib import Path
@@ -55,11 +120,11 @@ dist.destroy_process_group()
 
 
 @contextmanager
-def begun(ranks: int, jobs: list[dict[str, Any]], out: Path) -> Iterator[subprocess.Popen[str]]:
+def begun(ranks: int, jobs: list[dict[str, Any]], out: Path, worker: str = WORKER) -> Iterator[subprocess.Popen[str]]:
     """A torchrun of so many processes, which do one job after the other."""
     out.mkdir(parents=True, exist_ok=True)
     script = out / "worker.py"
-    script.write_text(WORKER, encoding="utf-8")
+    script.write_text(worker, encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -223,3 +288,11 @@ def test_sigterm_ends_all_processes_after_one_step(tmp_path: Path) -> None:
     assert step == json.loads(log.read_text().splitlines()[-1])["step"]
     assert (folder / "checkpoints" / f"step-{step:08d}.safetensors").exists()
     assert not (folder / "meta.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_modules_wrapped_by_torch(tmp_path: Path) -> None:
+    """``DistributedDataParallel`` and ``fully_shard``, where the whole unroll lies in the forward pass."""
+    with begun(2, [], tmp_path, WRAPPED) as process:
+        said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
