@@ -29,7 +29,8 @@ from funcmeta.problem import InnerLoss, Predict
 from funcmeta.tasks import Task, pydoc_articles, quadratics, split, wikipedia_articles, wikitext_articles
 from funcmeta.tasks import corpus as corpus_of
 from funcmeta.training import autocast, load, save
-from funcmeta.training._objective import Score, Spread
+from funcmeta.training._carries import Spread
+from funcmeta.training._objective import Score
 from funcmeta.training._ranks import Ranks
 
 
