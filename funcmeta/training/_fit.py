@@ -96,7 +96,9 @@ def fit(
             was built with ``share=(rank, ranks)``.
 
     Returns:
-        ``Fitted``. SIGTERM and SIGINT end the training after the step that runs, with a checkpoint.
+        ``Fitted``. SIGTERM and SIGINT end the training after the step that runs, with a checkpoint. ``torchrun`` passes
+        them on, and kills what has not ended after its ``--shutdown-timeout``, 30 seconds by itself: give it more time
+        than a step takes.
 
     Raises:
         ArgumentError: a number is out of range, ``batch_size`` can not be shared among the processes, nothing is
