@@ -73,9 +73,9 @@ def fit(
     same bytes as one that was not, if the algorithm was built with strategy "vmap" or "loop" ("auto" measures time).
 
     Where ``torch.distributed`` is initialized, every process calls ``fit`` with the same arguments; gradients are
-    averaged over the processes, and the first one writes. They end where one process would, on another number of
-    processes too, but for draws that depend on the place in a process's part of the batch: dropout, and the noise of
-    evolution strategies for tasks in a loop.
+    averaged by ``DistributedDataParallel``, and the first process writes. They end where one process would, on another
+    number of processes too, but for draws that depend on the place in a process's part of the batch: dropout, and the
+    noise of evolution strategies for tasks in a loop.
 
     Args:
         algorithm: what ``algorithms.<name>.build`` returned, or an ``Algorithm`` of your own.

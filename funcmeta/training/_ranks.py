@@ -1,15 +1,18 @@
 """One process among those that train together, or the only one."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from funcmeta._errors import LostProcessError
+from funcmeta import tree
+from funcmeta._errors import FuncmetaError, LostProcessError
+from funcmeta._typing import Meta
+from funcmeta.training._objective import Objective
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Ranks:
         if self.number == 1:
             return [value]
         found: list[Any] = [None] * self.number
-        with self._together():
+        with self.together():
             dist.all_gather_object(found, value)
         return found
 
@@ -44,33 +47,51 @@ class Ranks:
         if self.number > 1:
             for leaf in leaves:
                 values = leaf.detach().contiguous()
-                with self._together():
+                with self.together():
                     dist.broadcast(values, 0)
                 leaf.detach().copy_(values)
 
-    def average(self, leaves: Sequence[Tensor]) -> None:
-        """Leave the mean of the processes' gradients on every leaf that any of them reached.
-
-        Every inner step reads meta, so no gradient of it is complete before the backward pass is: there is nothing that
-        ``DistributedDataParallel`` could send earlier.
-        """
-        if self.number == 1:
-            return
-        reached = zip(*self.gathered([leaf.grad is not None for leaf in leaves]), strict=True)
-        for leaf, flags in zip(leaves, reached, strict=True):
-            if any(flags):
-                mean = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / self.number
-                leaf.grad = mean.contiguous()
-                with self._together():
-                    dist.all_reduce(leaf.grad)
-
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
         """Say what it means when the processes can not do a thing together."""
         try:
             yield
         except RuntimeError as error:
+            if isinstance(error, FuncmetaError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
             raise LostProcessError(
                 f"Process {self.rank} of {self.number} can not reach the others: {str(error).splitlines()[0]} Look at "
                 f"what they said last, and go on from the newest checkpoint with resume=True (--resume)."
             ) from error
+
+
+class Averaged:
+    """The loss of an objective whose gradients are averaged over the processes, by ``DistributedDataParallel``."""
+
+    def __init__(self, objective: Objective, meta: Meta, ranks: Ranks) -> None:
+        self._inner, self._ranks = _Loss(objective, meta), ranks
+        # the windows of a training need not all reach every leaf
+        together = ranks.number > 1
+        self._outer = DistributedDataParallel(self._inner, find_unused_parameters=True) if together else self._inner
+
+    def __call__(self, batch: Any, seed: int, carry: Any) -> tuple[Tensor, Any]:
+        """The loss of this process's part, and its carry."""
+        with self._ranks.together():
+            return self._outer(batch, seed, carry), self._inner.carry
+
+    def apart(self) -> AbstractContextManager[Any]:
+        """A block whose gradients are not averaged yet, because more are to be added to them."""
+        return self._outer.no_sync() if isinstance(self._outer, DistributedDataParallel) else nullcontext()
+
+
+class _Loss(nn.Module):
+    """The unroll lies in the forward pass, so that the wrapper finds the leaves of ``meta`` in its graph."""
+
+    def __init__(self, objective: Objective, meta: Meta) -> None:
+        super().__init__()
+        self._objective, self._meta, self.carry = objective, (meta,), None
+        self.learned = nn.ParameterList([leaf for leaf in tree.leaves(meta) if leaf.requires_grad])
+
+    def forward(self, batch: Any, seed: int, carry: Any) -> Tensor:
+        loss, self.carry = self._objective.loss(self._meta[0], batch, seed, carry)
+        return loss

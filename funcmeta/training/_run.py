@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from funcmeta.training._carries import Spread
 from funcmeta.training._evaluation import Validation, judged
 from funcmeta.training._folder import Record, finite
 from funcmeta.training._objective import Objective
-from funcmeta.training._ranks import Ranks
+from funcmeta.training._ranks import Averaged, Ranks
 
 Optimizer = torch.optim.Optimizer
 Scheduler = torch.optim.lr_scheduler.LRScheduler
@@ -101,6 +102,7 @@ class Run:
                 "scheduler made a ReduceLROnPlateau, which waits for a score that fit does not give it. Pass another, "
                 "or alarm=Alarm('lower')."
             )
+        self._loss = Averaged(aim, meta, ranks)
         self.step, self.alarms, self.lanes = 0, 0, [_Lane(number) for number in range(plan.accumulate)]
         self.best: _Best | None = None
         self.begun = False
@@ -212,18 +214,19 @@ class Run:
         for leaf in self._learned:
             leaf.grad = None
         total = 0.0
-        for lane in self.lanes:
-            loss, error = self._forward(lane)
-            everyone = self.ranks.gathered((None if loss is None else loss.item(), error))
-            trouble = next((each for _, each in everyone if each), None)
-            if trouble or loss is None:
-                self._give_up()
-                return math.nan, math.nan, trouble
-            (loss / len(self.lanes)).backward()  # type: ignore[no-untyped-call]
+        for place, lane in enumerate(self.lanes, 1):
+            with nullcontext() if place == len(self.lanes) else self._loss.apart():
+                loss, error = self._forward(lane)
+                everyone = self.ranks.gathered((None if loss is None else loss.item(), error))
+                trouble = next((each for _, each in everyone if each), None)
+                if trouble or loss is None:
+                    self._give_up()
+                    return math.nan, math.nan, trouble
+                with self.ranks.together():
+                    (loss / len(self.lanes)).backward()  # type: ignore[no-untyped-call]
             total += sum(each for each, _ in everyone) / self.ranks.number / len(self.lanes)
             if lane.carry is None:
                 self._next(lane)
-        self.ranks.average(self._learned)
         trouble = None
         norm = torch.nn.utils.clip_grad_norm_(self._learned, self._plan.clip or math.inf).item()
         if not math.isfinite(norm):
@@ -236,7 +239,7 @@ class Run:
         if lane.batch is None:
             self._fill(lane)
         try:
-            loss, lane.carry = self._aim.loss(self.meta, lane.batch, lane.number, lane.carry)
+            loss, lane.carry = self._loss(lane.batch, lane.number, lane.carry)
         except NonFiniteError as error:
             return None, f"In process {self.ranks.rank}: {error}" if self.ranks.number > 1 else str(error)
         return loss, None
