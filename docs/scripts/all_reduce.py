@@ -1,6 +1,6 @@
 """How fast processes of one machine average gradients over the loopback interface, by gloo.
 
-    torchrun --nproc-per-node=2 docs/scripts/all_reduce.py
+torchrun --nproc-per-node=2 docs/scripts/all_reduce.py
 """
 
 import statistics
