@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_cases import CASES, train
+from filelock import FileLock
 
 STEPS = 7
 HERE = Path(__file__).parent
@@ -139,12 +140,10 @@ def begun(ranks: int, jobs: list[dict[str, Any]], out: Path, worker: str = WORKE
             process.terminate()
 
 
-def done(ranks: int, jobs: list[dict[str, Any]], out: Path) -> list[list[dict[str, Any]]]:
+def results(ranks: int, jobs: dict[str, dict[str, Any]], out: Path) -> dict[str, list[dict[str, Any]]]:
     """What each process got from each job."""
-    with begun(ranks, jobs, out) as process:
-        said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return [[torch.load(out / f"{number}.{rank}.pt") for rank in range(ranks)] for number in range(len(jobs))]
+    paths = {name: [out / f"{number}.{rank}.pt" for rank in range(ranks)] for number, name in enumerate(jobs)}
+    return {name: [torch.load(path) for path in some if path.exists()] for name, some in paths.items()}
 
 
 def alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -170,38 +169,77 @@ def expected() -> Any:
 RESUMED = ("watched", "exact windows", "persistent particles", "reading")
 FEW = ("reverse", "learned start", "evolution strategies", "particles of all tasks", "skipping one of two")
 """What four processes are asked for, beside those that are resumed."""
+KILLED = "exact windows"
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+    """One for all workers of pytest-xdist, so that not each of them starts the processes."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "distributed"
+    root.mkdir(exist_ok=True)
+    with FileLock(root / "lock"):
+        if not (root / "said by four").exists():
+            of_two(root)
+            of_four(root)
+    return root
+
+
+def jobs_of_two(root: Path) -> dict[str, dict[str, Any]]:
+    """All cases; the first steps of some, for others to go on; what is refused; a SIGTERM, and one that leaves."""
+    jobs: dict[str, dict[str, Any]] = {name: {"name": name, "steps": STEPS} for name in CASES}
+    for name in RESUMED:
+        for number in ("one", "four"):
+            folder = str(root / f"two for {number}" / name)
+            jobs[f"{name}, for {number}"] = {"name": name, "steps": 4, "folder": folder}
+        jobs[f"{name}, of one"] = {"name": name, "steps": STEPS, "folder": str(root / "one" / name)}
+    jobs["odd"] = {"name": "reverse", "steps": 1, "batch_size": 3}
+    jobs["apart"] = {"name": "reverse", "steps": 4, "folder": str(root / "one" / "process "), "apart": True}
+    jobs["ended"] = {"name": "exact windows", "steps": 100_000, "folder": str(root / "ended")}
+    jobs["left"] = {"name": "reverse", "steps": 4, "left": True}
+    return jobs
+
+
+def jobs_of_four(root: Path) -> dict[str, dict[str, Any]]:
+    """Some cases, what two have begun, and a process that dies."""
+    jobs: dict[str, dict[str, Any]] = {name: {"name": name, "steps": STEPS} for name in FEW}
+    for name in RESUMED:
+        jobs[f"{name}, of two"] = {"name": name, "steps": STEPS, "folder": str(root / "two for four" / name)}
+    jobs["killed"] = {"name": KILLED, "steps": STEPS, "folder": str(root / "killed"), "killed": True}
+    return jobs
+
+
+def of_two(root: Path) -> None:
+    for name in RESUMED:
+        train(name, 4, folder=root / "one" / name)
+    train("reverse", 4, folder=root / "one" / "process 0")
+    log = root / "ended" / "log.jsonl"
+    with begun(2, list(jobs_of_two(root).values()), root / "of two") as process:
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+            time.sleep(0.05)
+        process.terminate()
+        (root / "said by two").write_text(process.communicate(timeout=120)[0])
+
+
+def of_four(root: Path) -> None:
+    with begun(4, list(jobs_of_four(root).values()), root / "of four") as process:
+        said, _ = process.communicate(timeout=300)
+    (root / "said by four").write_text(f"{said}\nstatus {process.returncode}")
 
 
 @pytest.fixture(scope="module")
 def two(folders: Path) -> dict[str, list[dict[str, Any]]]:
-    """All cases in two processes; the first steps of some, for others to go on; and what is refused."""
-    for name in RESUMED:
-        train(name, 4, folder=folders / "one" / name)
-    jobs: dict[str, dict[str, Any]] = {name: {"name": name, "steps": STEPS} for name in CASES}
-    for name in RESUMED:
-        for number in ("one", "four"):
-            folder = str(folders / f"two for {number}" / name)
-            jobs[f"{name}, for {number}"] = {"name": name, "steps": 4, "folder": folder}
-        jobs[f"{name}, of one"] = {"name": name, "steps": STEPS, "folder": str(folders / "one" / name)}
-    jobs["odd"] = {"name": "reverse", "steps": 1, "batch_size": 3}
-    jobs["apart"] = {"name": "reverse", "steps": 4, "folder": str(folders / "two for one" / "process"), "apart": True}
-    train("reverse", 4, folder=folders / "two for one" / "process0")
-    jobs["left"] = {"name": "reverse", "steps": 4, "left": True}
-    return dict(zip(jobs, done(2, list(jobs.values()), folders / "out two"), strict=True))
+    found = results(2, jobs_of_two(folders), folders / "of two")
+    assert all(len(each) == 2 for each in found.values()), (folders / "said by two").read_text()
+    return found
 
 
 @pytest.fixture(scope="module")
-def four(two: Any, folders: Path) -> dict[str, list[dict[str, Any]]]:
-    """Some cases in four processes, and what two have begun."""
-    jobs: dict[str, dict[str, Any]] = {name: {"name": name, "steps": STEPS} for name in FEW}
-    for name in RESUMED:
-        jobs[f"{name}, of two"] = {"name": name, "steps": STEPS, "folder": str(folders / "two for four" / name)}
-    return dict(zip(jobs, done(4, list(jobs.values()), folders / "out four"), strict=True))
+def four(folders: Path) -> dict[str, list[dict[str, Any]]]:
+    found = results(4, jobs_of_four(folders), folders / "of four")
+    found.pop("killed")
+    assert all(len(each) == 4 for each in found.values()), (folders / "said by four").read_text()
+    return found
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "stopping"])
@@ -254,40 +292,28 @@ def test_a_process_that_is_left_alone_says_so(two: Any) -> None:
     assert two["left"][0]["error"].endswith("go on from the newest checkpoint with resume=True (--resume).")
 
 
-def test_a_process_that_dies_ends_the_run(tmp_path: Path, expected: Any) -> None:
+def test_a_process_that_dies_ends_the_run(four: Any, folders: Path, expected: Any) -> None:
     """And the run goes on from its last checkpoint, in one process."""
-    name, folder = "exact windows", tmp_path / "run"
-    job = {"name": name, "steps": STEPS, "folder": str(folder), "killed": True}
-    with begun(2, [job], tmp_path / "out") as process:
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "rank      : 1 (local_rank: 1)" in said
-    assert "Signal 9 (SIGKILL)" in said
+    said, folder = (folders / "said by four").read_text(), folders / "killed"
+    assert "status 0" not in said
+    assert "Signal 9 (SIGKILL) received" in said.split("Root Cause")[1]
+    assert "rank      : 3 (local_rank: 3)" in said.split("Root Cause")[1]
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()][-1] >= 4
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
         "step-00000000.safetensors",
         "step-00000003.safetensors",
     ]
-    alike(train(name, STEPS, folder=folder), expected(name))
+    alike(train(KILLED, STEPS, folder=folder), expected(KILLED))
 
 
-def test_sigterm_ends_all_processes_after_one_step(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    job = {"name": "exact windows", "steps": 100_000, "folder": str(folder)}
-    log = folder / "log.jsonl"
-    with begun(2, [job], tmp_path / "out") as process:
-        while not log.exists() or log.read_text().count("\n") < 2:
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.05)
-        process.terminate()
-        said, _ = process.communicate(timeout=60)
-    first, second = (torch.load(tmp_path / "out" / f"0.{rank}.pt") for rank in range(2))
+def test_sigterm_ends_all_processes_after_one_step(two: Any, folders: Path) -> None:
+    first, second = two["ended"]
     ended, step = first["ended"]
-    assert ended == "SIGTERM", said
+    assert ended == "SIGTERM"
     assert second["ended"] == first["ended"]
-    assert step == json.loads(log.read_text().splitlines()[-1])["step"]
-    assert (folder / "checkpoints" / f"step-{step:08d}.safetensors").exists()
-    assert not (folder / "meta.safetensors").exists()
+    assert step == json.loads((folders / "ended" / "log.jsonl").read_text().splitlines()[-1])["step"]
+    assert (folders / "ended" / "checkpoints" / f"step-{step:08d}.safetensors").exists()
+    assert not (folders / "ended" / "meta.safetensors").exists()
 
 
 @pytest.mark.slow
