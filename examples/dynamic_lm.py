@@ -3,7 +3,8 @@
 Wolf, Chaumond and Delangue 2018, "Meta-Learning a Dynamical Language Model" (arXiv:1803.10631). The static model is
 trained as usual. Then gates COPY, UPDATE and FLUSH learn to change its weights while it reads articles one after the
 other. The baseline is dynamic evaluation (Krause et al. 2018, arXiv:1709.07432): constant gates, chosen on a grid.
-Gates and grid see the validation articles only; all are judged on articles by which nothing was chosen.
+Gates and grid see the validation articles only; all are judged on articles by which nothing was chosen. ``--folds 3``
+does all of it three times, so that every article is judged on once, and takes the intervals over all articles.
 """
 
 import math
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import typer
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -30,6 +30,7 @@ from funcmeta.tasks import Article, Corpus
 
 STATIC, PLAIN, DECAYING = "static", "dynamic evaluation", "dynamic evaluation, decay"
 UNFLUSHED, THREE = "gates without FLUSH", "gates"
+FLUSHING = {THREE: UNFLUSHED, DECAYING: PLAIN}
 RATES, DECAYS = (0.2, 0.4, 0.7), (0.0, 0.002, 0.01)
 
 
@@ -66,22 +67,40 @@ def invented(seed: int, articles: int = 90, words: int = 300) -> list[Article]:
     return found
 
 
-def load(data: str, path: Path | None, sizes: Sizes, seed: int) -> Corpus:
-    """The articles, cut to their first words, in three parts."""
+def load(data: str, path: Path | None, sizes: Sizes, seed: int, folds: int = 1) -> list[Corpus]:
+    """The articles, cut to their first words, in three parts; for several folds each article is tested on once."""
     if data == "wikitext":
         if path is None:
             raise typer.BadParameter("wikitext needs --path, a folder with valid.txt (to learn from) and test.txt.")
+        if folds > 1:
+            raise typer.BadParameter(f"folds is {folds}, expected 1: wikitext has a file of test articles.")
         known, test = (fm.tasks.wikitext_articles(path / name) for name in ("valid.txt", "test.txt"))
         train, validation, _ = fm.tasks.split(known, validation=15, test=0, seed=seed)
-    else:
-        sources = {
-            "pydoc": fm.tasks.pydoc_articles,
-            "wikipedia": lambda: fm.tasks.wikipedia_articles(path),
-            "invented": lambda: invented(seed),
-        }
-        known = sources[data]()
-        share = len(known) // 4
-        train, validation, test = fm.tasks.split(known, validation=share, test=share + 4, seed=seed)
+        return [cut(train, validation, test, sizes)]
+    sources = {
+        "pydoc": fm.tasks.pydoc_articles,
+        "wikipedia": lambda: fm.tasks.wikipedia_articles(path),
+        "invented": lambda: invented(seed),
+    }
+    known = sources[data]()
+    share = len(known) // 4
+    if folds == 1:
+        return [cut(*fm.tasks.split(known, validation=share, test=share + 4, seed=seed), sizes)]
+    if not 1 < folds <= len(known) // 2:
+        raise typer.BadParameter(
+            f"folds is {folds}, expected 1 to {len(known) // 2}: a test reads two articles or more."
+        )
+    order, parts = torch.randperm(len(known), generator=fm.rng.generator(seed)), []
+    for held in order.tensor_split(folds):
+        test = [known[index] for index in sorted(held.tolist())]
+        others = [article for index, article in enumerate(known) if index not in held]
+        train, validation, _ = fm.tasks.split(others, validation=share, test=0, seed=seed)
+        parts.append(cut(train, validation, test, sizes))
+    return parts
+
+
+def cut(train: Any, validation: Any, test: Any, sizes: Sizes) -> Corpus:
+    """One corpus; the articles to choose and to judge by are cut to their first words."""
     validation, test = (
         [Article(each.title, each.words[: sizes.longest]) for each in part] for part in (validation, test)
     )
@@ -92,26 +111,8 @@ def pretrain(corpus: Corpus, sizes: Sizes) -> dynamic_lm.LanguageModel:
     """The static model: the state, of all epochs, that the validation articles are least surprising to."""
     net = dynamic_lm.LanguageModel(len(corpus.vocabulary), sizes.width, dropout=0.3)
     text, check = (torch.cat([corpus.tokens(each) for each in part]) for part in (corpus.train, corpus.validation))
-    columns = text[: len(text) // 16 * 16].view(16, -1).T
-    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    best, kept = math.inf, {}
-    for _ in track(range(sizes.epochs), "static model"):
-        net.train()
-        hidden = net.start(16)
-        for place in range(0, len(columns) - 1, 32):
-            following = columns[place + 1 : place + 33]
-            scores, hidden = net(columns[place : place + len(following)], hidden)
-            hidden = (hidden[0].detach(), hidden[1].detach())
-            optimizer.zero_grad()
-            F.cross_entropy(scores.flatten(0, 1), following.flatten()).backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-        net.eval()
-        with torch.no_grad():
-            loss = F.cross_entropy(net(check[:-1], net.start())[0], check[1:]).item()
-        if loss < best:
-            best, kept = loss, {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    net.load_state_dict(kept)
+    epochs = dynamic_lm.train_static(net, text, check, epochs=sizes.epochs)
+    list(track(epochs, "static model", total=sizes.epochs))
     return net
 
 
@@ -188,6 +189,51 @@ def opening(one: list[Tensor], other: list[Tensor], words: int) -> Tensor:
     return torch.stack([a[:words].mean() - b[:words].mean() for a, b in zip(one[1:], other[1:], strict=True)])
 
 
+def learn(corpus: Corpus, sizes: Sizes, seed: int) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
+    """Train a static model, choose constant gates and learn gates; the losses on the test articles, and figures."""
+    torch.manual_seed(seed)
+    net = pretrain(corpus, sizes)
+    plain, decaying, grid = tune(net, corpus, sizes.segment)
+    readers = {
+        STATIC: constant(net, copy=1, update=0, flush=0),
+        PLAIN: constant(net, **plain),
+        DECAYING: constant(net, **decaying),
+        UNFLUSHED: learn_gates(net, corpus, sizes, plain, seed),
+        THREE: learn_gates(net, corpus, sizes, decaying, seed),
+    }
+    losses = {name: read(reader, corpus, corpus.test, sizes.segment) for name, reader in readers.items()}
+    return losses, {
+        "articles": {part: [each.title for each in getattr(corpus, part)] for part in ("train", "validation", "test")},
+        "chosen": {PLAIN: plain, DECAYING: decaying},
+        "grid": grid,
+        "gates": {name: {key: leaf.tolist() for key, leaf in readers[name][1]["gates"].items()} for name in FLUSHING},
+    }
+
+
+def judge(folds: list[dict[str, list[Tensor]]], words: int) -> dict[str, Any]:
+    """What the losses on the test articles, of one fold or of all, say; printed too."""
+    rows = {}
+    for name in folds[0]:
+        own = [each for losses in folds for each in losses[name]]
+        later = [each for losses in folds for each in losses[name][1:]]
+        rows[name] = {
+            "loss": torch.cat(own).mean().item(),
+            "first words": torch.stack([each[:words].mean() for each in later]).mean().item(),
+            "growth": interval(torch.cat([growth(losses[STATIC], losses[name]) for losses in folds])),
+        }
+        mean, low, high = rows[name]["growth"]
+        print(
+            f"{name:26} loss {rows[name]['loss']:.4f}   first {words} words {rows[name]['first words']:.4f}   "
+            f"gain, last third - first: {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        )
+    flush = {}
+    for name, without in FLUSHING.items():
+        gained = torch.cat([opening(losses[without], losses[name], words) for losses in folds])
+        flush[name] = mean, low, high = interval(gained)
+        print(f"gained by FLUSH on the first {words} words, {name}: {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
+    return {"rows": rows, "gained by FLUSH on the first words": flush}
+
+
 def draw(corpus: Corpus, losses: dict[str, list[Tensor]]) -> Figure:
     """Gain over the stream and along articles, and a text whose words are coloured by what was gained on them."""
     picture = Figure(figsize=(12, 8.5), layout="constrained")
@@ -235,53 +281,25 @@ def main(
     ] = "pydoc",
     path: Annotated[Path | None, typer.Option(help="A dump of Wikipedia, or the folder of WikiText.")] = None,
     seed: Annotated[int, typer.Option(help="Which articles are held out, and all draws.")] = 0,
+    folds: Annotated[int, typer.Option(min=1, help="If over 1, cross-validation: all is done so often.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the figures and the picture.")] = Path("dynamic_lm"),
 ) -> None:
     """Train a static model, learn gates, and compare on held-out articles."""
     if data not in FULL:
         raise typer.BadParameter(f"data is {data!r}, expected one of {', '.join(FULL)}.")
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
     began, sizes = time.perf_counter(), QUICK if quick else FULL[data]
-    corpus = load(data, path, sizes, seed)
-    net = pretrain(corpus, sizes)
-    plain, decaying, grid = tune(net, corpus, sizes.segment)
-    readers = {
-        STATIC: constant(net, copy=1, update=0, flush=0),
-        PLAIN: constant(net, **plain),
-        DECAYING: constant(net, **decaying),
-        UNFLUSHED: learn_gates(net, corpus, sizes, plain, seed),
-        THREE: learn_gates(net, corpus, sizes, decaying, seed),
-    }
-    losses = {name: read(reader, corpus, corpus.test, sizes.segment) for name, reader in readers.items()}
-    rows = {}
-    for name, own in losses.items():
-        rows[name] = {
-            "loss": torch.cat(own).mean().item(),
-            "first words": torch.stack([each[: sizes.opening].mean() for each in own[1:]]).mean().item(),
-            "growth": interval(growth(losses[STATIC], own)),
-        }
-        low, high = rows[name]["growth"][1:]
-        print(
-            f"{name:26} loss {rows[name]['loss']:.4f}   first {sizes.opening} words {rows[name]['first words']:.4f}   "
-            f"gain, last third - first: {rows[name]['growth'][0]:+.3f} [{low:+.3f}, {high:+.3f}]"
-        )
-    pairs = {THREE: (UNFLUSHED, THREE), DECAYING: (PLAIN, DECAYING)}
-    flush = {name: interval(opening(*[losses[each] for each in pair], sizes.opening)) for name, pair in pairs.items()}
-    for name, (mean, low, high) in flush.items():
-        print(f"gained by FLUSH on the first {sizes.opening} words, {name}: {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
-    figures = {
-        "data": data,
-        "articles": {part: [each.title for each in getattr(corpus, part)] for part in ("train", "validation", "test")},
-        "sizes": sizes._asdict(),
-        "chosen": {PLAIN: plain, DECAYING: decaying},
-        "grid": grid,
-        "rows": rows,
-        "gained by FLUSH on the first words": flush,
-        "gates": {name: {key: leaf.tolist() for key, leaf in readers[name][1]["gates"].items()} for name in pairs},
-        "seconds": time.perf_counter() - began,
-    }
-    save(out, figures, draw(corpus, losses))
+    corpora = load(data, path, sizes, seed, folds)
+    tests, parts = [], []
+    for number, corpus in enumerate(corpora):
+        losses, part = learn(corpus, sizes, seed + number)
+        tests.append(losses)
+        parts.append(part | judge([losses], sizes.opening))
+        if folds > 1:
+            print(f"That was fold {number + 1} of {folds}, after {time.perf_counter() - began:.0f} s.", flush=True)
+    figures = parts[0] if folds == 1 else judge(tests, sizes.opening) | {"folds": parts}
+    about = {"data": data, "sizes": sizes._asdict(), "seconds": time.perf_counter() - began}
+    save(out, about | figures, draw(corpora[0], tests[0]))
 
 
 if __name__ == "__main__":

@@ -27,17 +27,46 @@ def run(script: ModuleType, out: Path, **options: Any) -> dict[str, Any]:
     return figures
 
 
-def test_a_tiny_run(script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tiny = script.Sizes(vocabulary=200, width=8, longest=45, epochs=2, passes=1, window=5, opening=20)
-    monkeypatch.setattr(script, "QUICK", tiny)
+@pytest.fixture
+def tiny(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    sizes = script.Sizes(vocabulary=200, width=8, longest=45, epochs=2, passes=1, window=5, opening=20)
+    monkeypatch.setattr(script, "QUICK", sizes)
     monkeypatch.setattr(script, "RATES", (0.5,))
     monkeypatch.setattr(script, "DECAYS", (0.0, 0.01))
-    figures = run(script, tmp_path, quick=True)
+    return script
+
+
+def test_a_tiny_run(tiny: ModuleType, tmp_path: Path) -> None:
+    figures = run(tiny, tmp_path, quick=True)
     assert len(figures["rows"]) == 5
     assert figures["rows"]["static"]["growth"] == [0, 0, 0]
     assert figures["rows"]["gates"]["loss"] < figures["rows"]["static"]["loss"]
     parts = figures["articles"]
     assert len({title for titles in parts.values() for title in titles}) == sum(len(each) for each in parts.values())
+
+
+def test_each_fold_is_a_run_of_its_own_and_all_are_judged_together(tiny: ModuleType, tmp_path: Path) -> None:
+    figures = run(tiny, tmp_path, quick=True, folds=2)
+    one, two = figures["folds"]
+    assert one["rows"] != two["rows"]
+    lengths = {article.title: min(len(article.words), 45) - 1 for article in fm.tasks.pydoc_articles()}
+    words = [sum(lengths[title] for title in fold["articles"]["test"]) for fold in (one, two)]
+    for name, row in figures["rows"].items():
+        parts = [fold["rows"][name]["loss"] * share / sum(words) for fold, share in zip((one, two), words, strict=True)]
+        assert row["loss"] == pytest.approx(sum(parts), abs=1e-4)
+        low, high = sorted(fold["rows"][name]["growth"][0] for fold in (one, two))
+        assert low <= row["growth"][0] <= high
+
+
+def test_folds_test_every_article_once_and_learn_from_the_others(script: ModuleType) -> None:
+    sizes = script.FULL["pydoc"]
+    corpora = script.load("pydoc", None, sizes, 0, 3)
+    tested = [article.title for corpus in corpora for article in corpus.test]
+    assert sorted(tested) == [article.title for article in fm.tasks.pydoc_articles()]
+    for corpus in corpora:
+        parts = [{article.title for article in part} for part in (corpus.train, corpus.validation, corpus.test)]
+        assert sum(map(len, parts)) == len(set().union(*parts)) == len(tested)
+        assert len(corpus.validation) == len(tested) // 4
 
 
 def test_the_figures_are_those_of_their_definitions(script: ModuleType) -> None:
@@ -62,6 +91,14 @@ def test_reading_gives_each_article_its_words(script: ModuleType) -> None:
 def test_bad_options_are_refused(script: ModuleType) -> None:
     with pytest.raises(script.typer.BadParameter, match=r"wikitext needs --path, a folder with valid\.txt"):
         script.main(data="wikitext")
+    with pytest.raises(
+        script.typer.BadParameter, match=r"folds is 2, expected 1: wikitext has a file of test articles"
+    ):
+        script.main(data="wikitext", path=Path(), folds=2)
+    with pytest.raises(
+        script.typer.BadParameter, match="folds is 46, expected 1 to 45: a test reads two articles or m"
+    ):
+        script.main(data="invented", folds=46)
     with pytest.raises(
         script.typer.BadParameter, match="data is 'novels', expected one of pydoc, wikipedia, wikitext, inv"
     ):
