@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = (
-    ("_typing", "_errors", "_check", "_files", "tree", "rng"),
+    ("_typing", "_errors", "_check", "_files", "_machine", "tree", "rng"),
     (
         *("_batching", "_context", "_exact_layers", "_gradient", "_graph", "_live_bytes", "_lowering", "_mixed"),
         *("_watch", "model", "optim", "linear_solve", "tasks"),
@@ -25,7 +25,7 @@ LAYERS = (
 )
 """From the bottom to the top: the modules and packages of funcmeta, by their first name below it."""
 
-OPTIONAL = ("typer", "rich", "matplotlib", "PIL", "tomli_w", "torchopt", "hypothesis")
+OPTIONAL = ("typer", "rich", "matplotlib", "PIL", "tomli_w", "torchopt", "hypothesis", "tensorboard")
 
 PACKAGE = Path(__file__).parents[1] / "funcmeta"
 

@@ -1,18 +1,15 @@
 """What a run leaves behind: tables in the terminal, a picture, and a JSON file with every figure."""
 
 import json
-import os
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
-import torch
 from rich.console import Console
 from rich.table import Column, Table
 
 from funcmeta._files import written
+from funcmeta._machine import machine
 from funcmeta.cli._options import Options
 from funcmeta.cli._subject import Subject
 from funcmeta.cli._training import Curve
@@ -153,17 +150,3 @@ class Report:
         panel.set_ylabel(self.subject.score_name)
         panel.grid(alpha=0.25)
         panel.legend(fontsize=9, frameon=False)
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what the figures were measured."""
-    return {
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-    }

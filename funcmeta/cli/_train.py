@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from funcmeta import rng, tree
+from funcmeta import rng, training, tree
 from funcmeta._errors import ArgumentError, DataError
 from funcmeta.cli._recipe import Recipe, recipe
 from funcmeta.cli._settings import Settings, check_resumed, settings, text
-from funcmeta.training import Alarm, Fitted, Folder, Mean, Validation, _tree_file, evaluate, fit, load
+from funcmeta.training import Alarm, Fitted, Folder, Mean, Validation, _tree_file, evaluate, fit, load, progress, report
 from funcmeta.training._ranks import Ranks
 
 CONFIG, RESULT = "config.toml", "evaluation.json"
@@ -36,16 +36,19 @@ def train(
     told = settings(given, kept if resumed else config)
     if resumed:
         check_resumed(told, settings({}, kept))
-    with _processes() as ranks:
+    with _processes() as ranks, ExitStack() as watching:
+        first = ranks.rank == 0
+        curves = [watching.enter_context(training.tensorboard(out / "tensorboard"))] if tensorboard and first else []
         console = Console(quiet=ranks.rank > 0)
         torch.set_num_threads(told.threads)
-        if ranks.rank == 0:
+        if first:
             if not resume and (kept.exists() or (out / "log.jsonl").exists()):
                 raise ArgumentError(f"{out} has a run in it. Pass --resume to go on with it, or another --out.")
             _tree_file.put(kept, text(told).encode())
         ranks.gathered(None)
         made = recipe(told, out, ranks)
         console.print(f"[bold]{made.title}[/bold], {told.steps} steps, in {out}", highlight=False, soft_wrap=True)
+        bar = [watching.enter_context(progress(told.steps))] if first else []
         fitted = fit(
             made.algorithm,
             made.tasks("train"),
@@ -59,8 +62,12 @@ def train(
             alarm=Alarm(told.alarm, told.limit or float("inf")),  # type: ignore[arg-type]
             validation=_validation(told, made),
             folder=Folder(out, every=told.checkpoint_every, resume=resume, damaged=damaged),  # type: ignore[arg-type]
+            watch=[*bar, *curves],
             spread=made.spread,
         )
+        watching.close()
+        if first and fitted.ended in ("steps", "patience"):
+            report(out, higher_is_better=made.higher_is_better)
         return _told(fitted, out, console, time.perf_counter() - began, max if made.higher_is_better else min)
 
 
@@ -97,7 +104,8 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
         "number": count,
     }
     _tree_file.put(folder / RESULT, json.dumps(content, indent=1).encode())
-    console.print(f"Wrote {folder / RESULT}.", highlight=False, soft_wrap=True)
+    page = report(folder, higher_is_better=made.higher_is_better)
+    console.print(f"Wrote {folder / RESULT} and {page}.", highlight=False, soft_wrap=True)
 
 
 def _validation(told: Settings, made: Recipe) -> Validation | None:
@@ -128,7 +136,8 @@ def _told(fitted: Fitted, out: Path, console: Console, seconds: float, choose: C
     best = f" Validation: {means[0]} at first, {choose(means)} at its best." if means else ""
     alarms = f" {fitted.alarms} steps were left out." if fitted.alarms else ""
     why = "Validation got no better, so it ended" if fitted.ended == "patience" else "Ended"
-    console.print(f"{why} {done}.{best}{alarms} Wrote {out / 'meta.safetensors'}.", highlight=False, soft_wrap=True)
+    wrote = f"Wrote {out / 'meta.safetensors'} and {out / 'report.html'}."
+    console.print(f"{why} {done}.{best}{alarms} {wrote}", highlight=False, soft_wrap=True)
     return 0
 
 

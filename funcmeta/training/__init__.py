@@ -5,7 +5,10 @@ from funcmeta.training._evaluation import Evaluation, Mean, Validation, evaluate
 from funcmeta.training._fit import Fitted, fit
 from funcmeta.training._folder import Folder, Record
 from funcmeta.training._meta_file import load, save
+from funcmeta.training._progress import progress
+from funcmeta.training._report import report
 from funcmeta.training._run import Alarm
+from funcmeta.training._tensorboard import tensorboard
 
 __all__ = [
     "Alarm",
@@ -19,5 +22,8 @@ __all__ = [
     "evaluate",
     "fit",
     "load",
+    "progress",
+    "report",
     "save",
+    "tensorboard",
 ]

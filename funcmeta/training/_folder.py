@@ -119,8 +119,8 @@ class Store:
 
     def begin_log(self, step: int) -> list[Record]:
         """Keep the lines up to a step, as records; what a killed process noted after it is dropped."""
-        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
-        records = [each for each in map(_record, lines) if each is not None and each.step <= step]
+        found = read_log(self._log) if self._log.exists() else []
+        records = [each for each in found if each is not None and each.step <= step]
         _tree_file.put(self._log, "".join(_line(each) for each in records).encode())
         return records
 
@@ -136,13 +136,30 @@ def _line(record: Record) -> str:
     return json.dumps(record._asdict() | {"validation": record.validation and record.validation._asdict()}) + "\n"
 
 
+def read_log(path: Path) -> list[Record | None]:
+    """The record of each line of a log; None for a line that is none, as the half one that a killed process leaves.
+
+    Raises:
+        DataError: the file can not be read as text.
+    """
+    try:
+        return [_record(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} can not be read: {error}. Pass the folder of a run, with a whole log.jsonl."
+        ) from error
+
+
 def _record(line: str) -> Record | None:
-    """The record of a line; None for the half line that a killed process left."""
+    """The record of a line; None for what is none, as the half line that a killed process left."""
     try:
         found = json.loads(line)
-        return Record(**found | {"validation": found["validation"] and Mean(**found["validation"])})
-    except (ValueError, TypeError, KeyError):
+        record = Record(**found | {"validation": found["validation"] and Mean(**found["validation"])})
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    numbers = (record.rate, record.seconds, record.loss or 0, record.norm or 0, *(record.validation or ()))
+    whole = type(record.step) is int and all(isinstance(each, int | float) for each in numbers)
+    return record if whole and isinstance(record.alarm, str | None) else None
 
 
 def finite(value: float) -> float | None:

@@ -33,18 +33,19 @@ def write(path: Path, kind: str, value: Any) -> None:
 
 def put(path: Path, content: bytes) -> None:
     """Write bytes to a file, whole or not at all."""
-    with _reported(path), written(path) as file:
+    with reported(path), written(path) as file:
         file.write(content)
 
 
 def append(path: Path, content: bytes) -> None:
     """Add bytes to the end of a file."""
-    with _reported(path), open(path, "ab") as file:
+    with reported(path), open(path, "ab") as file:
         file.write(content)
 
 
 @contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def reported(path: Path) -> Iterator[None]:
+    """Say what the system does not take as a ``SaveError``."""
     try:
         yield
     except OSError as error:

@@ -1,0 +1,153 @@
+"""The curves of a run as pictures inside of a page, which take their colours from it."""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from funcmeta.compare._plot import figure
+from funcmeta.training._evaluation import Mean
+from funcmeta.training._folder import Record
+
+POINTS = 300
+"""How many points a curve has at most; of more steps the lowest and the highest of each stretch are drawn."""
+
+SHARE = 50
+"""The running median is that over one part of so many of the steps."""
+
+_COLORS = {name: f"#0000{number:02x}" for number, name in enumerate(("text", "line", "noise", "grid", "mark"), 1)}
+"""Stand-ins for the page's colours, which no picture has otherwise."""
+
+Array = NDArray[np.float64]
+
+
+class Panel:
+    """One picture with a pair of axes."""
+
+    def __init__(self, name: str, label: str, across: str = "outer step") -> None:
+        self.name, self.label = name, label
+        with _style(name):
+            self._figure = figure(5.2, 2.9)
+            self.axes = self._figure.add_subplot()
+            self.axes.grid(color=_COLORS["grid"], linewidth=0.8)
+            self.axes.set_axisbelow(True)
+            self.axes.spines[["top", "right"]].set_visible(False)
+            self.axes.set_xlabel(across)
+            self.axes.locator_params(axis="both", nbins=6)
+
+    def svg(self) -> str:
+        """The picture as an element of HTML: no file, no script, no request."""
+        file = io.StringIO()
+        with _style(self.name):
+            empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            self._figure.savefig(file, format="svg", transparent=True, metadata=empty)
+        text = file.getvalue()
+        text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
+        text = re.sub(r"<!--.*?-->|<style.*?</style>", "", text, flags=re.DOTALL)
+        text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+        for color, value in _COLORS.items():
+            text = text.replace(value, f"var(--{color})")
+        text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+        return text.replace("<svg ", f'<svg role="img" aria-label="{self.label}" ', 1).strip()
+
+
+def curve(name: str, label: str, steps: Sequence[int], values: Sequence[float | None], *, log: bool = False) -> Panel:
+    """A noisy quantity over the steps, and its running median."""
+    x, y = _known(steps, values)
+    panel = Panel(name, label)
+    if log and (y > 0).any():
+        x, y = x[y > 0], y[y > 0]
+        panel.axes.set_yscale("log")
+    if len(x):
+        noise = _COLORS["noise"] if len(x) > 2 else _COLORS["line"]
+        panel.axes.plot(*_thinned(x, y), color=noise, linewidth=0.9, marker="o" if len(x) == 1 else None)
+    if len(x) > 2:
+        panel.axes.plot(*_median(x, y), color=_COLORS["line"], linewidth=1.8)
+    return panel
+
+
+def plain(name: str, label: str, steps: Sequence[int], values: Sequence[float | None]) -> Panel:
+    """A quantity over the steps that has no noise."""
+    x, y = _known(steps, values)
+    panel = Panel(name, label)
+    panel.axes.plot(*_thinned(x, y), color=_COLORS["line"], linewidth=1.8, marker="o" if len(x) == 1 else None)
+    return panel
+
+
+def means(name: str, label: str, steps: Sequence[int], found: Sequence[Mean], best: int | None) -> Panel:
+    """Means with their intervals as a band, and a ring around the best."""
+    x, value = np.asarray(steps, float), np.array([each.value for each in found], float)
+    margin = np.array([each.margin for each in found], float)
+    panel = Panel(name, label)
+    panel.axes.fill_between(x, value - margin, value + margin, color=_COLORS["noise"], alpha=0.45, linewidth=0)
+    small = {"marker": "o", "markersize": 3.5} if len(x) <= 60 else {}
+    panel.axes.plot(x, value, color=_COLORS["line"], linewidth=1.8, **small)
+    if best is not None:
+        panel.axes.plot(x[best], value[best], "o", color=_COLORS["mark"], markersize=9, fillstyle="none", mew=1.8)
+    return panel
+
+
+def histogram(name: str, label: str, scores: Sequence[float], mean: Mean, before: Mean | None) -> Panel:
+    """How often which score was met, the mean, and the mean of before."""
+    panel = Panel(name, label, "score of a task")
+    known = np.asarray(scores, float)
+    known = known[np.isfinite(known)]
+    bins = int(np.clip(len(known) ** 0.5 * 1.5, 5, 40))
+    panel.axes.hist(known, bins=bins, color=_COLORS["noise"], edgecolor=_COLORS["line"], linewidth=0.8)
+    panel.axes.axvline(mean.value, color=_COLORS["line"], linewidth=2)
+    if before is not None:
+        panel.axes.axvline(before.value, color=_COLORS["text"], linewidth=1.5, linestyle="--")
+    panel.axes.set_ylabel("tasks")
+    return panel
+
+
+def mark_alarms(panel: Panel, records: Sequence[Record]) -> None:
+    """A tick below the upper edge for each step that was left out."""
+    steps = [record.step for record in records if record.alarm]
+    if steps:
+        x = np.unique(np.asarray(steps, float)[np.linspace(0, len(steps) - 1, min(len(steps), POINTS)).astype(int)])
+        where = panel.axes.get_xaxis_transform()
+        panel.axes.plot(x, np.full(len(x), 0.97), "v", color=_COLORS["mark"], markersize=5, transform=where, mew=0)
+
+
+def _known(steps: Sequence[int], values: Sequence[float | None]) -> tuple[Array, Array]:
+    x, y = np.asarray(steps, float), np.array(values, float)  # None becomes NaN
+    finite = np.isfinite(y)
+    return x[finite], y[finite]
+
+
+def _thinned(x: Array, y: Array) -> tuple[Array, Array]:
+    """The same curve at most twice ``POINTS`` long: of each stretch of steps its lowest and highest value."""
+    if len(x) <= POINTS:
+        return x, y
+    parts = np.array_split(np.arange(len(x)), POINTS)
+    chosen = [sorted((part[y[part].argmin()], part[y[part].argmax()])) for part in parts]
+    index = np.unique(np.concatenate(chosen))
+    return x[index], y[index]
+
+
+def _median(x: Array, y: Array) -> tuple[Array, Array]:
+    """The running median at no more than ``POINTS`` places."""
+    half = max(2, len(x) // SHARE // 2)
+    places = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).astype(int))
+    return x[places], np.array([np.median(y[max(0, place - half) : place + half + 1]) for place in places])
+
+
+def median_over(steps: int) -> int:
+    """How many steps the running median of so many is over."""
+    return 2 * max(2, steps // SHARE // 2) + 1
+
+
+@contextmanager
+def _style(name: str) -> Iterator[None]:
+    from matplotlib import rc_context
+
+    text = _COLORS["text"]
+    colors = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    options: Any = dict.fromkeys(colors, text) | {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}
+    with rc_context(options):
+        yield
