@@ -58,7 +58,7 @@ def report(folder: str | Path, *, higher_is_better: bool = False) -> Path:
         _tiles(records, best, judged),
         *_alarms(records),
         _page.section("Training", _page.columns(_charts(records, best))),
-        *([] if judged is None else [_tasks(judged, higher_is_better)]),
+        *([] if judged is None else [_tasks(judged, higher_is_better, _is_stale(folder))]),
         *([] if not config else [_page.section("Settings", _page.pairs(_texts(config)))]),
         _page.section("Machine", _page.paragraph("Where this page was written."), _page.pairs(_texts(machine()))),
     ]
@@ -194,7 +194,13 @@ def _charts(records: Sequence[Record], best: Record | None) -> list[str]:
     return found
 
 
-def _tasks(judged: _Judged, higher_is_better: bool) -> str:
+def _is_stale(folder: Path) -> bool:
+    """Whether something was learned after it was judged."""
+    meta = folder / "meta.safetensors"
+    return meta.exists() and meta.stat().st_mtime_ns > (folder / "evaluation.json").stat().st_mtime_ns
+
+
+def _tasks(judged: _Judged, higher_is_better: bool, stale: bool) -> str:
     sign = -1 if higher_is_better else 1
     order = sorted(enumerate(judged.scores), key=lambda each: (math.isnan(each[1]), sign * each[1]))
     rows = [(str(place), str(task), f"{score:.4g}") for place, (task, score) in enumerate(order, 1)]
@@ -209,7 +215,8 @@ def _tasks(judged: _Judged, higher_is_better: bool) -> str:
     )
     picture = _curves.histogram("scores", "Scores of the tasks", judged.scores, judged.mean, judged.at_first)
     text = f"{judged.score} of {len(judged.scores)} tasks. Line: the mean; dashed: the mean at first."
-    interval = _page.paragraph("Means with their 95 % intervals.")
+    note = " The run went on after this was written: run funcmeta evaluate again." if stale else ""
+    interval = _page.paragraph(f"Means with their 95 % intervals.{note}")
     return _page.section(
         f"Held-out tasks, {judged.part}",
         _page.columns([_page.chart("Scores", text, picture.svg()), summary + interval]),

@@ -1,0 +1,319 @@
+"""The page of a run: what it says, that it asks for nothing from elsewhere, and what it does about damaged files."""
+
+import html
+import json
+import math
+import os
+import re
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from training_cases import adam, few_shot
+
+import funcmeta as fm
+from funcmeta.training import Folder, Mean, Record, _curves, fit, report
+from funcmeta.training._folder import _line
+
+HOSTILE = "<script>alert('x')</script>"
+
+
+def records(steps: int = 60) -> list[Record]:
+    """A run with validations every 10 steps, the best at step 30, and three alarms."""
+    found = [Record(0, None, None, 0.1, 0.0, None, Mean(2.0, 0.2))]
+    for step in range(1, steps + 1):
+        validation = Mean(0.5 + abs(step - 30) / 100, 0.125) if step % 10 == 0 else None
+        alarm = f"The norm is {step}. {HOSTILE}" if step in (7, 8, 41) else None
+        loss = None if alarm else math.exp(-step / 20) + 0.1 * math.sin(step)
+        found.append(Record(step, loss, 1.0 + step % 3, 0.1 / step, 0.25, alarm, validation))
+    return found
+
+
+def written(folder: Path, found: list[Record] | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(map(_line, records() if found is None else found)))
+    return folder
+
+
+def evaluation(number: int = 50, **others: Any) -> dict[str, Any]:
+    return {
+        "split": "test",
+        "score": "query accuracy",
+        "mean": 0.75,
+        "margin": 0.0125,
+        "at_first": {"value": 0.25, "margin": 0.05},
+        "difference": {"value": 0.5, "margin": 0.0625},
+        "scores": [((7 * index) % number) / number for index in range(number)],
+        "seed": 0,
+        "number": number,
+    } | others
+
+
+def full(folder: Path) -> Path:
+    """A folder with all that a page can have."""
+    written(folder)
+    (folder / "config.toml").write_text('algorithm = "maml"\ntasks = "omniglot:/a/path"\nsteps = 60\n')
+    (folder / "evaluation.json").write_text(json.dumps(evaluation()))
+    return folder
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of all rows of the page's tables."""
+    found = re.findall(r"<tr>(.*?)</tr>", text, re.DOTALL)
+    return [[html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)] for row in found]
+
+
+def pictures(text: str) -> dict[str, ElementTree.Element]:
+    found = [ElementTree.fromstring(each) for each in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+    return {each.attrib["aria-label"]: each for each in found}
+
+
+def test_it_says_what_was_trained_and_met(tmp_path: Path) -> None:
+    path = report(full(tmp_path / "run"))
+    assert path == tmp_path / "run" / "report.html"
+    text = path.read_text(encoding="utf-8")
+    assert "<title>maml on omniglot</title>" in text
+    assert "<dt>tasks</dt><dd>omniglot:/a/path</dd>" in text
+    assert "<span>outer steps</span><b>60</b>" in text
+    assert "<span>time in outer steps</span><b>15 s</b>" in text
+    assert "<span>best validation, step 30</span><b>0.500 ± 0.125</b>" in text
+    assert "<span>steps left out</span><b>3</b>" in text
+    assert "<span>query accuracy, test tasks</span><b>0.750 ± 0.013</b>" in text
+    assert f"<dt>torch</dt><dd>{torch.__version__}</dd>" in text
+    assert f"<dt>processors</dt><dd>{os.cpu_count()}</dd>" in text
+    assert "The run is not at its end." in text
+    assert ["7", f"The norm is 7. {HOSTILE}"] in rows(text)
+    assert set(pictures(text)) == {
+        *("Loss over the outer steps", "Validation over the outer steps", "Norm of the meta-gradient"),
+        *("Learning rate", "Seconds a step", "Scores of the tasks"),
+    }
+
+
+def test_a_high_score_can_be_the_best_one(tmp_path: Path) -> None:
+    text = report(full(tmp_path), higher_is_better=True).read_text(encoding="utf-8")
+    assert "<span>best validation, step 0</span><b>2.000 ± 0.200</b>" in text
+    assert rows(text)[-22][2] == "query accuracy"
+    assert rows(text)[-21][2] == "0.98"
+    assert rows(text)[-1][2] == "0"
+
+
+def test_the_tasks_are_sorted_and_the_middle_is_left_out(tmp_path: Path) -> None:
+    text = report(full(tmp_path)).read_text(encoding="utf-8")
+    assert "The first and the last 10 are shown, 30 are not." in text
+    table = [row for row in rows(text) if len(row) == 3]
+    assert table[0] == table[11] == ["place", "task", "query accuracy"]
+    assert [row[0] for row in table[1:11] + table[12:]] == [str(each) for each in (*range(1, 11), *range(41, 51))]
+    scores = evaluation()["scores"]
+    assert all(float(row[2]) == pytest.approx(scores[int(row[1])]) for row in table[1:11] + table[12:])
+    assert [float(row[2]) for row in table[1:11]] == sorted(scores)[:10]
+    assert ["difference, task by task", "+0.500 ± 0.062"] in rows(text)
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation(20, scores=[math.nan, *range(19)])))
+    text = report(tmp_path).read_text(encoding="utf-8")
+    assert "are not." not in text
+    assert [row for row in rows(text) if len(row) == 3][-1] == ["20", "0", "nan"]
+
+
+def test_many_alarms_are_cut_short(tmp_path: Path) -> None:
+    found = [each._replace(alarm="exploded") for each in records()]
+    text = report(written(tmp_path, found)).read_text(encoding="utf-8")
+    assert "61 steps were left out. The first and the last 10 are shown, 41 are not." in text
+    assert sum(row[-1] == "exploded" for row in rows(text)) == 20
+    text = report(written(tmp_path, [records()[1]._replace(alarm="exploded")])).read_text(encoding="utf-8")
+    assert "1 step was left out." in text
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    text = report(full(tmp_path)).read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert re.findall(r"<(?:link|img|iframe|object|embed|base)\b", text) == []
+    assert set(re.findall(r'(?:src|href)="([^#"][^"]*)"', text)) == set()
+    assert [each for each in re.findall(r"url\(([^)]*)\)", text) if not each.startswith("#")] == []
+    assert "@import" not in text
+    assert set(re.findall(r'(\S+)="https?://', text)) <= {"xmlns", "xmlns:xlink"}
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_what_files_say_is_escaped(tmp_path: Path) -> None:
+    folder = written(tmp_path / "<b>run")
+    config = {"algorithm": f"{HOSTILE}", "tasks": '"&amp;', f"<i>{HOSTILE}": 1}
+    (folder / "config.toml").write_text("".join(f"{json.dumps(k)} = {json.dumps(v)}\n" for k, v in config.items()))
+    assert tomllib.loads((folder / "config.toml").read_text()) == config
+    hostile = evaluation(score=f"$\\frac {HOSTILE}", split=HOSTILE)
+    (folder / "evaluation.json").write_text(json.dumps(hostile))
+    text = report(folder).read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "<b>run" not in text
+    assert "<i>" not in text
+    assert text.count(html.escape(HOSTILE)) >= 8
+    assert f"<title>{html.escape(HOSTILE)} on &quot;&amp;amp;</title>" in text
+
+
+def test_a_run_that_just_began_or_knows_little(tmp_path: Path) -> None:
+    for found in (
+        records()[:1],
+        records()[:2],
+        records()[1:2],
+        [Record(1, None, None, 0.1, 0.1, "exploded", Mean(math.nan, math.nan))],
+        [Record(1, 0.0, 0.0, 0.1, 0.1)],
+    ):
+        text = report(written(tmp_path / "run", found)).read_text(encoding="utf-8")
+        assert "<title>run</title>" in text
+        assert "<span>outer steps</span>" in text
+        assert pictures(text)
+    assert "<span>steps left out</span><b>none</b>" in text
+
+
+def test_it_reports_on_what_fit_leaves(tmp_path: Path) -> None:
+    case = few_shot()
+    fitted = fit(case.algorithm, case.tasks, adam, steps=5, folder=Folder(tmp_path), **case.options)
+    text = report(tmp_path).read_text(encoding="utf-8")
+    best = min(record.validation for record in fitted.records if record.validation)
+    assert f"<b>{best}</b>" in text
+    assert "not at its end" not in text
+
+
+def test_scores_of_before_the_last_training_are_told(tmp_path: Path) -> None:
+    full(tmp_path)
+    (tmp_path / "meta.safetensors").write_bytes(b"")
+    judged = (tmp_path / "evaluation.json").stat().st_mtime
+    for later, told in ((-10, False), (10, True)):
+        os.utime(tmp_path / "meta.safetensors", (judged + later, judged + later))
+        text = report(tmp_path).read_text(encoding="utf-8")
+        assert ("The run went on after this was written: run funcmeta evaluate again." in text) is told
+
+
+def test_half_of_the_last_line_is_dropped(tmp_path: Path) -> None:
+    written(tmp_path)
+    log = tmp_path / "log.jsonl"
+    content = log.read_text()
+    log.write_text(content[:-20])
+    assert "<span>outer steps</span><b>59</b>" in report(tmp_path).read_text(encoding="utf-8")
+    assert log.read_text() == content[:-20]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "Line 3 of .*log.jsonl is no record of a step. The file is damaged"),
+        ("{}", "Line 3 of"),
+        ("[" * 100_000, "Line 3 of"),
+        ('{"step": 2, "loss": ', "Line 3 of"),
+        (_line(records()[2]).replace('"step": 2', '"step": "2"').strip(), "Line 3 of"),
+        (_line(records()[2]).replace('"step": 2', '"step": 2.5').strip(), "Line 3 of"),
+        (_line(records()[2]).replace('"rate": 0.05', '"rate": [1]').strip(), "Line 3 of"),
+        (_line(records()[2]).replace('"alarm": null', '"alarm": 3').strip(), "Line 3 of"),
+        (_line(records()[2]).replace('"validation": null', '"validation": {"value": "x", "margin": 1}'), "Line 3 of"),
+    ],
+    ids=["empty", "no fields", "deep", "half", "text", "fraction", "list", "number", "validation"],
+)
+def test_a_damaged_log_is_an_error(line: str, message: str, tmp_path: Path) -> None:
+    lines = [_line(each).strip() for each in records()]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines[:2], line.strip(), *lines[3:]]) + "\n")
+    with pytest.raises(fm.DataError, match=message):
+        report(tmp_path)
+
+
+def test_a_log_that_is_no_text_missing_or_empty_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(fm.DataError, match=r"has no log\.jsonl\. Pass the folder of a run"):
+        report(tmp_path)
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(fm.DataError, match=r"log\.jsonl has no step yet"):
+        report(tmp_path)
+    (tmp_path / "log.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(fm.DataError, match=r"log\.jsonl can not be read: .*with a whole log\.jsonl"):
+        report(tmp_path)
+    case = few_shot()
+    with pytest.raises(fm.DataError, match=r"log\.jsonl can not be read"):
+        fit(case.algorithm, case.tasks, adam, steps=1, folder=Folder(tmp_path, resume=True))
+
+
+@pytest.mark.parametrize("content", ["steps = ", "\xff", "[" * 5], ids=["half", "bytes", "brackets"])
+def test_damaged_settings_are_an_error(content: str, tmp_path: Path) -> None:
+    (written(tmp_path) / "config.toml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(fm.DataError, match=r"config\.toml can not be read as TOML: .*Restore it, or remove it"):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        "{",
+        "[]",
+        json.dumps({**evaluation(), "mean": None}),
+        json.dumps({**evaluation(), "at_first": {"value": 1}}),
+        json.dumps({**evaluation(), "difference": 3}),
+        json.dumps({**evaluation(), "scores": ["good"]}),
+        json.dumps({**evaluation(), "scores": 3}),
+        json.dumps({key: value for key, value in evaluation().items() if key != "score"}),
+    ],
+)
+def test_a_damaged_evaluation_is_an_error(found: str, tmp_path: Path) -> None:
+    (written(tmp_path) / "evaluation.json").write_text(found)
+    with pytest.raises(
+        fm.DataError, match=r"evaluation\.json is not what funcmeta evaluate writes: \w+: .*Run it again"
+    ):
+        report(tmp_path)
+
+
+def test_what_the_system_does_not_take_and_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (written(tmp_path) / "report.html").mkdir()
+    with pytest.raises(fm.SaveError, match=r"report\.html could not be written"):
+        report(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(fm.MissingExtraError, match="needs matplotlib, which the extra demo brings"):
+        report(tmp_path)
+
+
+# --- the curves
+
+
+def line(panel: _curves.Panel, place: int) -> Any:
+    return panel.axes.lines[place].get_xydata()
+
+
+def test_the_running_median_is_the_median_around_each_step() -> None:
+    x, y = np.arange(500.0), np.random.default_rng(0).normal(size=500)
+    places, found = _curves._median(x, y)
+    assert _curves.median_over(500) == 11
+    inside = [index for index, place in enumerate(places) if 5 <= place < 495]
+    assert len(inside) > 250
+    for index in inside:
+        place = int(places[index])
+        assert found[index] == np.median(y[place - 5 : place + 6])
+    assert (places[0], places[-1]) == (0, 499)
+
+
+def test_many_steps_keep_their_extremes() -> None:
+    y = np.random.default_rng(0).normal(size=50_000)
+    y[31_234], y[44_444] = 40.0, -40.0
+    found = line(_curves.curve("loss", "Loss", range(50_000), y.tolist()), 0)
+    assert len(found) <= 2 * _curves.POINTS
+    assert [31_234, 40.0] in found.tolist()
+    assert [44_444, -40.0] in found.tolist()
+    assert (np.diff(found[:, 0]) > 0).all()
+
+
+def test_few_steps_are_drawn_as_they_are_without_those_that_are_not_finite() -> None:
+    panel = _curves.curve("norm", "Norm", range(1, 7), [1.0, None, 100.0, math.inf, 0.0, 10.0], log=True)
+    assert line(panel, 0).tolist() == [[1, 1], [3, 100], [6, 10]]
+    assert panel.axes.get_yscale() == "log"
+    assert _curves.curve("norm", "Norm", [1, 2], [0.0, 0.0], log=True).axes.get_yscale() == "linear"
+
+
+def test_the_band_is_the_interval_and_the_ring_is_around_the_best() -> None:
+    panel = _curves.means("validation", "Validation", [0, 5], [Mean(1.0, 0.25), Mean(0.5, 0.125)], 1)
+    band = panel.axes.collections[0].get_paths()[0].vertices
+    assert {(0, 0.75), (0, 1.25), (5, 0.375), (5, 0.625)} <= {tuple(each) for each in band}
+    assert line(panel, 1).tolist() == [[5, 0.5]]
+
+
+def test_pictures_of_long_runs_are_small_and_the_same_each_time(tmp_path: Path) -> None:
+    written(tmp_path, [Record(step, math.sin(step * step), 1.0, 0.1, 0.1, "x") for step in range(1, 20_000)])
+    first, second = (report(tmp_path).read_text(encoding="utf-8") for _ in range(2))
+    assert len(first) < 400_000
+    assert re.findall(r"<svg.*?</svg>", first, re.DOTALL) == re.findall(r"<svg.*?</svg>", second, re.DOTALL)
