@@ -1,6 +1,7 @@
 """``funcmeta train`` and ``funcmeta evaluate``: every algorithm, settings, resumption, signals and errors."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 import funcmeta as fm
@@ -42,11 +44,18 @@ def test_every_algorithm_trains_is_judged_and_goes_on(algorithm: str, tmp_path: 
     result = train(algorithm, out)
     assert result.exit_code == 0, result.output
     assert "Ended after step 4" in result.output
-    assert f"Wrote {out / 'meta.safetensors'}" in result.output
+    assert f"Wrote {out / 'meta.safetensors'} and {out / 'report.html'}." in result.output
+    assert "4/4" in result.stderr
+    assert "Held-out tasks" not in (out / "report.html").read_text()
     assert config(out)["algorithm"] == algorithm
     meta = fm.training.load(out / "meta.safetensors")
     judged = call("evaluate", str(out), "--number", "3")
     assert judged.exit_code == 0, judged.output
+    assert f"Wrote {out / 'evaluation.json'} and {out / 'report.html'}." in judged.output
+    page = (out / "report.html").read_text()
+    assert "Held-out tasks, test" in page
+    assert f"<dt>algorithm</dt><dd>{algorithm}</dd>" in page
+    assert "the run went on" not in page.lower()
     found = json.loads((out / "evaluation.json").read_text())
     assert found["split"] == "test"
     assert len(found["scores"]) == found["number"] == 3
@@ -57,6 +66,30 @@ def test_every_algorithm_trains_is_judged_and_goes_on(algorithm: str, tmp_path: 
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(7))
     del meta
+
+
+def test_the_best_of_an_accuracy_is_the_highest(tmp_path: Path) -> None:
+    assert train("maml", tmp_path, "--meta-lr", "0.05", "--queries", "4").exit_code == 0
+    lines = [json.loads(line)["validation"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    best = max(line["value"] for line in lines if line)
+    assert re.search(rf"best validation, step \d</span><b>{best:.3f} ±", (tmp_path / "report.html").read_text())
+
+
+def test_curves_for_tensorboard_go_on(tmp_path: Path) -> None:
+    assert train("maml", tmp_path, "--tensorboard").exit_code == 0
+    result = call("train", "--out", str(tmp_path), "--resume", "--steps", "6", "--tensorboard")
+    assert result.exit_code == 0, result.output
+    assert "1/6" not in result.stderr
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [each.step for each in found.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_without_tensorboard_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = train("maml", tmp_path, "--tensorboard")
+    assert result.exit_code == 2
+    assert "Error: Curves for TensorBoard need tensorboard, which the extra tensorboard brings" in result.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_come_before_the_file_and_the_file_before_the_defaults(tmp_path: Path) -> None:
@@ -187,6 +220,7 @@ def test_a_signal_ends_the_command_with_a_line(number: signal.Signals, tmp_path:
     assert process.returncode == 128 + number
     assert f"Stopped by {number.name} after step " in text
     assert f"To go on: funcmeta train --out {tmp_path} --resume" in text
+    assert not (tmp_path / "report.html").exists()
     step = len(log.read_text().splitlines())
     assert [path.name for path in (tmp_path / "checkpoints").glob(f"*{step:08d}*")]
     resumed = call("train", "--out", str(tmp_path), "--resume", "--steps", str(step + 1))

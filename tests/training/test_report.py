@@ -73,10 +73,16 @@ def pictures(text: str) -> dict[str, ElementTree.Element]:
     return {each.attrib["aria-label"]: each for each in found}
 
 
-def test_it_says_what_was_trained_and_met(tmp_path: Path) -> None:
-    path = report(full(tmp_path / "run"))
-    assert path == tmp_path / "run" / "report.html"
-    text = path.read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run whose losses are to be low."""
+    folder = full(tmp_path_factory.mktemp("run"))
+    path = report(folder)
+    assert path == folder / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_it_says_what_was_trained_and_met(text: str) -> None:
     assert "<title>maml on omniglot</title>" in text
     assert "<dt>tasks</dt><dd>omniglot:/a/path</dd>" in text
     assert "<span>outer steps</span><b>60</b>" in text
@@ -102,8 +108,7 @@ def test_a_high_score_can_be_the_best_one(tmp_path: Path) -> None:
     assert rows(text)[-1][2] == "0"
 
 
-def test_the_tasks_are_sorted_and_the_middle_is_left_out(tmp_path: Path) -> None:
-    text = report(full(tmp_path)).read_text(encoding="utf-8")
+def test_the_tasks_are_sorted_and_the_middle_is_left_out(text: str) -> None:
     assert "The first and the last 10 are shown, 30 are not." in text
     table = [row for row in rows(text) if len(row) == 3]
     assert table[0] == table[11] == ["place", "task", "query accuracy"]
@@ -112,7 +117,11 @@ def test_the_tasks_are_sorted_and_the_middle_is_left_out(tmp_path: Path) -> None
     assert all(float(row[2]) == pytest.approx(scores[int(row[1])]) for row in table[1:11] + table[12:])
     assert [float(row[2]) for row in table[1:11]] == sorted(scores)[:10]
     assert ["difference, task by task", "+0.500 ± 0.062"] in rows(text)
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation(20, scores=[math.nan, *range(19)])))
+
+
+def test_few_tasks_are_all_shown_and_those_without_a_score_last(tmp_path: Path) -> None:
+    found = evaluation(20, scores=[math.nan, *range(19)])
+    (written(tmp_path, records()[:2]) / "evaluation.json").write_text(json.dumps(found))
     text = report(tmp_path).read_text(encoding="utf-8")
     assert "are not." not in text
     assert [row for row in rows(text) if len(row) == 3][-1] == ["20", "0", "nan"]
@@ -127,8 +136,7 @@ def test_many_alarms_are_cut_short(tmp_path: Path) -> None:
     assert "1 step was left out." in text
 
 
-def test_the_page_asks_for_nothing_and_runs_nothing(tmp_path: Path) -> None:
-    text = report(full(tmp_path)).read_text(encoding="utf-8")
+def test_the_page_asks_for_nothing_and_runs_nothing(text: str) -> None:
     assert "<script" not in text
     assert re.findall(r"<(?:link|img|iframe|object|embed|base)\b", text) == []
     assert set(re.findall(r'(?:src|href)="([^#"][^"]*)"', text)) == set()
