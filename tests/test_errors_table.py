@@ -704,7 +704,7 @@ def error_types() -> list[type[Exception]]:
 @pytest.mark.parametrize("kind", error_types(), ids=lambda kind: kind.__name__)
 def test_errors_are_public_and_are_python_errors_too(kind: type[Exception]) -> None:
     assert getattr(fm, kind.__name__) is kind
-    usual = (ValueError, RuntimeError, ArithmeticError, ImportError)
+    usual = (ValueError, RuntimeError, ArithmeticError, ImportError, OSError)
     assert kind is fm.FuncmetaError or issubclass(kind, usual)
 
 

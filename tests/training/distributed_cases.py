@@ -86,6 +86,20 @@ def windows(accumulate: int = 1, **options: Any) -> Callable[[Share], Case]:
     return lambda share: Case(optimizer(**options), tasks, {"accumulate": accumulate})
 
 
+def unlike(share: Share) -> Case:
+    """Each process would begin elsewhere, with matrices that are not contiguous."""
+    algorithm = optimizer(estimator=fm.Reverse())
+
+    def init() -> Any:
+        def own(leaf: Tensor) -> Tensor:
+            moved = leaf.detach() + share[0]
+            return (moved.t().contiguous().t() if leaf.dim() == 2 else moved).requires_grad_()
+
+        return fm.tree.map(own, algorithm.init())
+
+    return Case(algorithm._replace(init=init), fm.tasks.quadratics(3, dtype=torch.float64), {})
+
+
 def evolved(share: Share) -> Case:
     """Each process has all tasks and a part of the particles."""
     estimator = fm.EvolutionStrategies(0.01, 4, share=share)
@@ -157,6 +171,7 @@ CASES: dict[str, Callable[[Share], Case]] = {
     "exact windows": windows(estimator=fm.Reverse(), accumulate=2),
     "truncated": windows(estimator=fm.Truncated(2)),
     "learned start": windows(estimator=fm.Reverse(), start=None, learn_start=True),
+    "unlike starts": unlike,
     "evolution strategies": evolved,
     "persistent particles": persistent("vmap"),
     "persistent particles in a loop": persistent("loop"),
