@@ -71,10 +71,11 @@ def curve(name: str, label: str, steps: Sequence[int], values: Sequence[float | 
 
 
 def plain(name: str, label: str, steps: Sequence[int], values: Sequence[float | None]) -> Panel:
-    """A quantity over the steps that has no noise."""
+    """A quantity over the steps that has no noise, seen from 0."""
     x, y = _known(steps, values)
     panel = Panel(name, label)
     panel.axes.plot(*_thinned(x, y), color=_COLORS["line"], linewidth=1.8, marker="o" if len(x) == 1 else None)
+    panel.axes.set_ylim(bottom=0)
     return panel
 
 

@@ -313,6 +313,10 @@ def test_few_steps_are_drawn_as_they_are_without_those_that_are_not_finite() -> 
     assert _curves.curve("norm", "Norm", [1, 2], [0.0, 0.0], log=True).axes.get_yscale() == "linear"
 
 
+def test_the_learning_rate_is_seen_from_zero() -> None:
+    assert _curves.plain("rate", "Rate", [1, 2], [0.1, 0.1]).axes.get_ylim()[0] == 0
+
+
 def test_the_band_is_the_interval_and_the_ring_is_around_the_best() -> None:
     panel = _curves.means("validation", "Validation", [0, 5], [Mean(1.0, 0.25), Mean(0.5, 0.125)], 1)
     band = panel.axes.collections[0].get_paths()[0].vertices
