@@ -33,6 +33,9 @@ class Objective(Protocol):
     def loss(self, meta: Meta, batch: Any, seed: int, carry: Any) -> tuple[Tensor, Any]:
         """The 0-d loss of a window, and the carry of the next; None when the batch is done."""
 
+    def may_leave_out(self, meta: Meta) -> bool:
+        """Whether there are windows in which a learned leaf of ``meta`` gets no gradient."""
+
     def part_of_batch(self, batch: Any, rows: slice) -> Any:
         """Some of the tasks."""
 
@@ -80,6 +83,9 @@ class _Whole:
     def loss(self, meta: Meta, batch: Task, seed: int, carry: None) -> tuple[Tensor, None]:
         return self.algorithm.loss(meta, batch, seed=seed), None
 
+    def may_leave_out(self, meta: Meta) -> bool:
+        return False
+
     def part_of_batch(self, batch: Task, rows: slice) -> Task:
         support, query = take(tuple(batch[:2]), rows)
         return Task(support, query, batch.spec[rows] if isinstance(batch.spec, tuple) else batch.spec)
@@ -113,6 +119,9 @@ class _Windows(_Whole):
     def loss(self, meta: Meta, batch: Task, seed: int, carry: Carry | None) -> tuple[Tensor, Carry | None]:  # type: ignore[override]
         return self.algorithm.window(meta, batch, seed=seed, carry=carry)
 
+    def may_leave_out(self, meta: Meta) -> bool:
+        return "params" in meta  # where a training begins is felt in its first window
+
     def part_of_carry(self, carry: Carry | None, rank: int, ranks: int) -> Carry | None:
         return carry and _carries.part(carry, self.spread, rank, ranks)
 
@@ -139,6 +148,9 @@ class _Streams:
         outs = [self.algorithm.loss(meta, task, carry=own) for task, own in zip(batch, carries, strict=True)]
         done = all(out.carry.step == len(task.spec) for out, task in zip(outs, batch, strict=True))
         return torch.stack([out.loss for out in outs]).mean(), None if done else [out.carry for out in outs]
+
+    def may_leave_out(self, meta: Meta) -> bool:
+        return False
 
     def part_of_batch(self, batch: list[Task], rows: slice) -> list[Task]:
         return batch[rows]

@@ -5,12 +5,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from funcmeta import tree
-from funcmeta._errors import FuncmetaError, LostProcessError
+from funcmeta._errors import FuncmetaError, LostProcessError, NonFiniteError
 from funcmeta._typing import Meta
 from funcmeta.training._objective import Objective
 
@@ -70,14 +71,18 @@ class Averaged:
 
     def __init__(self, objective: Objective, meta: Meta, ranks: Ranks) -> None:
         self._inner, self._ranks = _Loss(objective, meta), ranks
-        # the windows of a training need not all reach every leaf
-        together = ranks.number > 1
-        self._outer = DistributedDataParallel(self._inner, find_unused_parameters=True) if together else self._inner
+        self._outer: nn.Module = self._inner
+        if ranks.number > 1:
+            self._outer = DistributedDataParallel(self._inner, find_unused_parameters=objective.may_leave_out(meta))
 
-    def __call__(self, batch: Any, seed: int, carry: Any) -> tuple[Tensor, Any]:
-        """The loss of this process's part, and its carry."""
+    def __call__(self, batch: Any, seed: int, carry: Any) -> tuple[Tensor, Any, str | None]:
+        """The loss of this process's part, its carry, and what is not finite in it.
+
+        Where something is not, the loss is 0 and has the gradient 0: the wrapper has to see a backward pass after each
+        forward pass, in every process, or they wait for each other for ever.
+        """
         with self._ranks.together():
-            return self._outer(batch, seed, carry), self._inner.carry
+            return self._outer(batch, seed, carry), self._inner.carry, self._inner.trouble
 
     def apart(self) -> AbstractContextManager[Any]:
         """A block whose gradients are not averaged yet, because more are to be added to them."""
@@ -89,9 +94,16 @@ class _Loss(nn.Module):
 
     def __init__(self, objective: Objective, meta: Meta) -> None:
         super().__init__()
-        self._objective, self._meta, self.carry = objective, (meta,), None
+        self._objective, self._meta = objective, (meta,)
+        self.carry: Any = None
+        self.trouble: str | None = None
         self.learned = nn.ParameterList([leaf for leaf in tree.leaves(meta) if leaf.requires_grad])
 
     def forward(self, batch: Any, seed: int, carry: Any) -> Tensor:
-        loss, self.carry = self._objective.loss(self._meta[0], batch, seed, carry)
+        try:
+            loss, self.carry = self._objective.loss(self._meta[0], batch, seed, carry)
+        except NonFiniteError as error:
+            self.carry, self.trouble = None, str(error)
+            return torch.stack([0 * leaf.sum() for leaf in self.learned]).sum()
+        self.trouble = None
         return loss

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import rng, tree
-from funcmeta._errors import ArgumentError, DivergenceError, NonFiniteError
+from funcmeta._errors import ArgumentError, DivergenceError
 from funcmeta._typing import Meta
 from funcmeta.training._carries import Spread
 from funcmeta.training._evaluation import Validation, judged
@@ -217,13 +217,13 @@ class Run:
         for place, lane in enumerate(self.lanes, 1):
             with nullcontext() if place == len(self.lanes) else self._loss.apart():
                 loss, error = self._forward(lane)
-                everyone = self.ranks.gathered((None if loss is None else loss.item(), error))
-                trouble = next((each for _, each in everyone if each), None)
-                if trouble or loss is None:
-                    self._give_up()
-                    return math.nan, math.nan, trouble
+                everyone = self.ranks.gathered((loss.item(), error))
                 with self.ranks.together():
                     (loss / len(self.lanes)).backward()  # type: ignore[no-untyped-call]
+            trouble = next((each for _, each in everyone if each), None)
+            if trouble:
+                self._give_up()
+                return math.nan, math.nan, trouble
             total += sum(each for each, _ in everyone) / self.ranks.number / len(self.lanes)
             if lane.carry is None:
                 self._next(lane)
@@ -235,14 +235,12 @@ class Run:
             trouble = f"The meta-gradient has the norm {norm:.3g}, above the limit of {self._plan.alarm.limit:g}."
         return total, norm, trouble
 
-    def _forward(self, lane: _Lane) -> tuple[Tensor | None, str | None]:
+    def _forward(self, lane: _Lane) -> tuple[Tensor, str | None]:
+        """The loss of a lane's next window, and what is not finite in it."""
         if lane.batch is None:
             self._fill(lane)
-        try:
-            loss, lane.carry = self._loss(lane.batch, lane.number, lane.carry)
-        except NonFiniteError as error:
-            return None, f"In process {self.ranks.rank}: {error}" if self.ranks.number > 1 else str(error)
-        return loss, None
+        loss, lane.carry, error = self._loss(lane.batch, lane.number, lane.carry)
+        return loss, error and (f"In process {self.ranks.rank}: {error}" if self.ranks.number > 1 else error)
 
     def _fill(self, lane: _Lane) -> None:
         """Sample the lane's batch, and keep the part of this process."""
