@@ -106,11 +106,20 @@ def load(path: str | Path, *, make: Callable[..., LearnedOptimizer] | None = Non
             f"{path} is a safetensors file with metadata {about}, expected 'funcmeta': '{VERSION}'. Pass a file that "
             f"learned.save of this version wrote."
         )
-    optimizer = _made(path, about, make)
+    if make is None:
+        _check_fit(path, _made(path, about, tensors, None, "meta"), tensors)  # a small file allocates nothing large
+    optimizer = _made(path, about, tensors, make, "cpu")
+    _check_fit(path, optimizer, tensors)
     return _with_weights(path, optimizer, tensors)
 
 
-def _made(path: Path, about: dict[str, str], make: Callable[..., LearnedOptimizer] | None) -> LearnedOptimizer:
+def _made(
+    path: Path,
+    about: dict[str, str],
+    tensors: dict[str, Any],
+    make: Callable[..., LearnedOptimizer] | None,
+    device: str,
+) -> LearnedOptimizer:
     kind = about.get("kind", "")
     maker = make or _KINDS.get(kind)
     if maker is None:
@@ -120,7 +129,11 @@ def _made(path: Path, about: dict[str, str], make: Callable[..., LearnedOptimize
         )
     try:
         config = json.loads(about.get("config", ""))
-        with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
+        most = sum(tensor.numel() for tensor in tensors.values())
+        for name, value in config.items():
+            if isinstance(value, int) and value > most and make is None:  # a width, or a number of layers
+                raise ValueError(f"{name} is {value}, but there are {most} weights")
+        with torch.random.fork_rng(devices=[]), torch.device(device):  # the initial weights are replaced
             return maker(**config)
     except (TypeError, ValueError, AttributeError, RuntimeError, RecursionError, OverflowError) as error:
         raise DataError(
@@ -129,7 +142,7 @@ def _made(path: Path, about: dict[str, str], make: Callable[..., LearnedOptimize
         ) from error
 
 
-def _with_weights(path: Path, optimizer: LearnedOptimizer, tensors: dict[str, Any]) -> LearnedOptimizer:
+def _check_fit(path: Path, optimizer: LearnedOptimizer, tensors: dict[str, Any]) -> None:
     own = optimizer.state_dict()
     fits = own.keys() == tensors.keys() and all(
         tensors[name].shape == tensor.shape and tensors[name].dtype.is_floating_point == tensor.is_floating_point()
@@ -140,6 +153,9 @@ def _with_weights(path: Path, optimizer: LearnedOptimizer, tensors: dict[str, An
             f"{path} has weights {_shapes(tensors)}, expected {_shapes(own)}. The file is damaged or was written by "
             f"other code."
         )
+
+
+def _with_weights(path: Path, optimizer: LearnedOptimizer, tensors: dict[str, Any]) -> LearnedOptimizer:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise DataError(f"{path} has weights that are NaN or infinite. Meta-training diverged before it was written.")
     optimizer.load_state_dict(tensors, assign=True)

@@ -11,8 +11,14 @@ from pathlib import Path
 
 from funcmeta._errors import ArgumentError, DataError
 
-LARGEST_FILE = 1 << 16  # bytes
-LARGEST_SUM = 1 << 26  # bytes
+LARGEST_FILE = 1 << 16
+"""Bytes of one file, unpacked: the drawings have some hundred, a run's labels two thousand."""
+LARGEST_SUM = 1 << 26
+"""Bytes of all files, unpacked; with it no ratio of sizes needs a limit of its own. All of Omniglot has 9 MiB."""
+LARGEST_ARCHIVE = 1 << 25
+"""Bytes of a zip: its table of members is read whole before they can be counted. The largest published has 9.1 MiB."""
+MOST_MEMBERS = 1 << 16
+"""Members of a zip, as many as the format had at first: the largest published one has 20,000."""
 
 Found = Iterator[tuple[tuple[str, ...], int, Callable[[], bytes]]]
 """Of each file that matches: the groups of the pattern, the size in bytes, and how to read it."""
@@ -66,9 +72,26 @@ def _files(folder: Path, ending: re.Pattern[str]) -> Found:
 
 
 def _members(archive: Path, ending: re.Pattern[str]) -> Found:
-    """The matching members of a zip; reading one gives no more than its size, or fails."""
+    """The matching members of a zip; reading one unpacks no more than its size, or fails."""
+    size = archive.stat().st_size
+    if size > LARGEST_ARCHIVE:
+        raise DataError(f"{archive} has {size} bytes, expected at most {LARGEST_ARCHIVE} of a zip. Unpack it.")
     with zipfile.ZipFile(archive) as opened:
-        for info in opened.infolist():
+        members = opened.infolist()
+        if len(members) > MOST_MEMBERS:
+            raise DataError(f"{archive} holds {len(members)} members, expected at most {MOST_MEMBERS}. Unpack it.")
+        for info in members:
             match = ending.search(info.filename)
             if match:
-                yield match.groups(), info.file_size, partial(opened.read, info)
+                yield match.groups(), info.file_size, partial(_unpacked, opened, info)
+
+
+def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """The content of a member, unpacked no further than to the size that it claims."""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others can not be unpacked in parts
+        raise ValueError(f"{info.filename} is compressed by method {info.compress_type}, expected to be deflated")
+    with archive.open(info) as member:
+        content = member.read(info.file_size)
+        if len(content) != info.file_size:
+            raise ValueError(f"{info.filename} has {len(content)} bytes, expected the {info.file_size} that it claims")
+    return content

@@ -1,6 +1,7 @@
 """Ink on paper: decoding the images of a drawing, and averaging it down."""
 
 import io
+import struct
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from funcmeta._errors import DataError, MissingExtraError
 
 
 def decode(content: bytes, name: str, side: int) -> Tensor:
-    """Where the ink is, booleans [side, side], in a black on white PNG of that size."""
+    """Where the ink is, booleans [side, side], in a black on white PNG whose header has that size."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -18,14 +19,13 @@ def decode(content: bytes, name: str, side: int) -> Tensor:
             "Pillow, which decodes the PNG files, is not installed. "
             "Install the extra 'demo': pip install \".[demo]\" in a checkout of the repository."
         ) from error
+    size = struct.unpack(">II", content[16:24]) if content[12:16] == b"IHDR" and len(content) >= 24 else None
+    if size not in (None, (side, side)):
+        raise DataError(f"{name} is an image of {size} pixels, expected {(side, side)}. Remove the file.")
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            if image.size != (side, side):
-                raise DataError(f"{name} is an image of {image.size} pixels, expected {(side, side)}. Remove the file.")
             return torch.from_numpy(np.asarray(image.convert("L")) < 128)
-    except DataError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise DataError(f"{name} is truncated or not a PNG ({type(error).__name__}). Download it again.") from error
 
 

@@ -1,5 +1,6 @@
 """Any tree that a run is made of, as named tensors and JSON, and back, without executing anything."""
 
+import inspect
 import math
 import sys
 from collections import Counter, OrderedDict
@@ -105,5 +106,5 @@ def _found(name: str) -> Any:
     module, _, path = name.partition(":")
     found: Any = sys.modules.get(module)
     for part in path.split("."):
-        found = getattr(found, part, None)
+        found = inspect.getattr_static(found, part, None)  # a module's own __getattr__ would be code that runs
     return found if isinstance(found, type) and issubclass(found, tuple) and hasattr(found, "_fields") else None

@@ -74,9 +74,14 @@ def read(path: Path, kind: str) -> Any:
             f"{path} holds a {found!r} in version {version!r} of the format, expected a {kind!r} in version {VERSION}. "
             f"Pass the file of this run, or read it with the version of funcmeta that wrote it."
         )
-    if checksum != _checksum(skeleton, tensors):
-        raise DataError(f"{path} is damaged: its content does not have the checksum that was written with it.")
-    return decode(skeleton, tensors)
+    try:
+        if checksum != _checksum(skeleton, tensors):
+            raise DataError(f"{path} is damaged: its content does not have the checksum that was written with it.")
+        return decode(skeleton, tensors)
+    except DataError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path} is damaged: {error}. Pass a file that funcmeta.training wrote.") from error
 
 
 def _checksum(skeleton: Any, tensors: dict[str, Tensor]) -> str:

@@ -108,6 +108,24 @@ GOOD = {"funcmeta": "1", "kind": "linear", "config": json.dumps({"gradient": -0.
         ({"a": torch.ones(2)}, {"kind": "hyperparameters", "config": '{"shapes": [1]}'}, "no 'hyperparameters' can"),
         ({"weight": torch.ones(2)}, {"config": "{"}, "config from which no 'linear' can be made"),
         ({"weight": torch.ones(2)}, {"config": '{"lr": 1}'}, "config from which no 'linear' can be made"),
+        (
+            {"weight": torch.ones(2)},
+            {"kind": "lstm", "config": '{"layers": 1000000000}'},
+            "no 'lstm' can be made: layers is 1000000000, but there are 2 weights",
+        ),
+        (
+            {"weight": torch.ones(30_000)},
+            {"kind": "lstm", "config": '{"hidden": 30000}'},
+            r"has weights .*float32\[30000\].*, expected .*float32\[120000, 30002\]",
+        ),
+        (
+            {"log_lr": torch.ones(2)},
+            {
+                "kind": "hyperparameters",
+                "config": json.dumps({"shapes": {"a": [10**12]}, "lr": 0.1, "momentum": 0.0, "per": "coordinate"}),
+            },
+            r"expected .*float32\[1000000000000\]",
+        ),
         ({"weight": torch.ones(2)}, {"config": "[1]"}, "config from which no 'linear' can be made"),
     ],
 )

@@ -2,12 +2,16 @@
 
 import bz2
 import os
+import pickle
+import re
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from funcmeta import tasks
 from funcmeta._errors import ArgumentError, DataError, MissingExtraError
@@ -138,6 +142,7 @@ def test_bad_wikitext_is_refused(name: str, tmp_path: Path) -> None:
         tasks.wikitext_articles(tmp_path / "a")
 
 
+LAUGHS = "".join(f'<!ENTITY l{each} "{f"&l{each - 1};" * 10}">' for each in range(1, 9))
 ENTITY = '<!DOCTYPE mediawiki [<!ENTITY e SYSTEM "file:///etc/hostname">]>'
 BAD_DUMPS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: None, "does not exist, expected a dump of Wikipedia. Pass the path"),
@@ -154,6 +159,15 @@ BAD_DUMPS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: dump(path, page("A", "a"), head=ENTITY),
         "no dump .*: it declares a document type",
     ),
+    "multiplying entities": (
+        lambda path: dump(path, "&l8;", head=f'<!DOCTYPE mediawiki [<!ENTITY l0 "lol">{LAUGHS}]>'),
+        "no dump .*: it declares a document type",
+    ),
+    "a pickle": (
+        lambda path: path.write_bytes(pickle.dumps({"a": 1})),
+        "is truncated or no dump of Wikipedia: Invalid",
+    ),
+    "a binary of XML": (lambda path: path.write_bytes(bz2.compress(b"\xff\xfe" * 9)), "no dump of Wikipedia"),
     "no articles": (lambda path: dump(path, page("A", "a")), "holds 1 articles, none of over 200 words. Pass"),
 }
 
@@ -172,6 +186,38 @@ def test_a_dump_that_unpacks_to_more_than_the_limit_is_refused(monkeypatch: pyte
     monkeypatch.setattr(_wiki_markup, "LARGEST", 10_000)
     with pytest.raises(DataError, match=r"it holds more than 10000 bytes\. Pass the path"):
         tasks.wikipedia_articles(path)
+
+
+def test_a_dump_of_many_elements_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = dump(tmp_path / "d", "<a>" * 20_000 + "</a>" * 20_000)
+    with pytest.raises(DataError, match="holds 0 articles"):
+        tasks.wikipedia_articles(path)
+    monkeypatch.setattr(_wiki_markup, "MOST_ELEMENTS", 10_000)
+    with pytest.raises(DataError, match=r"it holds more than 10000 elements\. Pass the path"):
+        tasks.wikipedia_articles(path)
+
+
+@pytest.mark.parametrize("part", ["<ref>", "<!--", "{{", "[[", "[[a|", "<ref ", "<ref/>", "<ref></math>", "{|"])
+def test_markup_without_ends_takes_no_longer(part: str) -> None:
+    """What took hours when each beginning looked for its end in all that follows."""
+    _wiki_markup.plain(part * 100_000)
+    _wiki_markup.plain("==" + " " * 100_000 + part)
+
+
+DROPPED = re.compile(r"<!--.*?-->|<(ref|math|gallery|timeline|code|pre)\b[^<>]*(?:/>|>.*?</\1>)", re.DOTALL)
+HEADING = re.compile(r"^(={2,6})\s*(.*?)\s*\1\s*$")
+
+
+@given(st.lists(st.sampled_from(["<ref", " x", ">", "/>", "</ref>", "<pre>", "</pre>", "<!--", "-->", "<", "a"])))
+def test_what_is_dropped_is_what_a_pattern_with_backtracking_finds(parts: list[str]) -> None:
+    markup = "".join(parts)
+    assert _wiki_markup._dropped(markup) == DROPPED.sub("", markup)
+
+
+@given(st.text("= ax\t\u00a0\x1c", max_size=20))
+def test_headings_are_those_of_a_pattern_with_backtracking(line: str) -> None:
+    expected = HEADING.sub(lambda found: f"{' '.join(found[1])} {found[2]} {' '.join(found[1])}", line)
+    assert _wiki_markup._heading(line) == expected
 
 
 @pytest.mark.parametrize("load", [tasks.wikitext_articles, tasks.wikipedia_articles])

@@ -5,6 +5,7 @@ import os
 import random
 import struct
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from collections import Counter
@@ -21,7 +22,7 @@ from torch import Tensor
 import funcmeta.tasks as tasks
 from funcmeta import rng
 from funcmeta._errors import ArgumentError, DataError, MissingExtraError
-from funcmeta.tasks._archive import LARGEST_FILE
+from funcmeta.tasks._archive import LARGEST_FILE, MOST_MEMBERS
 from funcmeta.tasks._drawings import average_areas
 
 SHARED = Path(os.environ.get("FUNCMETA_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")) / "omniglot"
@@ -256,7 +257,8 @@ def header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (header(100_000, 100_000), "0001_01.png is truncated or not a PNG"),
+        (header(100_000, 100_000), r"0001_01.png is an image of \(100000, 100000\) pixels, expected \(105, 105\). Rem"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "0001_01.png is truncated or not a PNG"),
         (header(2000, 1000), r"0001_01.png is an image of \(2000, 1000\) pixels, expected \(105, 105\). Remove"),
         (header(105, 105), "0001_01.png is truncated or not a PNG .* Download it again"),
         (png(drawing(1))[:-40], "0001_01.png is truncated or not a PNG"),
@@ -267,7 +269,7 @@ def header(width: int, height: int) -> bytes:
             f"holds Latin/character01/0001_01.png of {LARGEST_FILE + 1} bytes, expected at most",
         ),
     ],
-    ids=["absurd", "large", "no pixels", "truncated", "foreign", "empty", "long"],
+    ids=["absurd", "no size", "large", "no pixels", "truncated", "foreign", "empty", "long"],
 )
 def test_an_odd_image_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     files = {"images_background/Latin/character01/0001_01.png": content}
@@ -281,6 +283,65 @@ def test_a_zip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys.modules["funcmeta.tasks._archive"], "LARGEST_SUM", 1000)
     with pytest.raises(DataError, match=r"bytes, expected at most 65536 a file and 1000 in all. Download"):
         tasks.omniglot(path, ways=1)
+
+
+def claim(path: Path, size: int) -> None:
+    """Let the only member of a zip claim to unpack to so many bytes, in both of its headers."""
+    content = bytearray(path.read_bytes())
+    for start, place in ((content.index(b"PK\3\4"), 22), (content.index(b"PK\1\2"), 24)):
+        content[start + place : start + place + 4] = struct.pack("<I", size)
+    path.write_bytes(content)
+
+
+NAME = "images_background/Latin/character01/0001_01.png"
+
+
+def test_a_member_is_unpacked_no_further_than_it_claims(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "images_background.zip", {NAME: b"\0" * 300_000_000})
+    assert path.stat().st_size < 300_000
+    claim(path, 600)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"is truncated or not a zip \(Bad CRC-32 for file .*\)\. Download"):
+        tasks.omniglot(path, ways=1)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+    write_zip(path, {NAME: b"\0" * 500})
+    claim(path, 600)
+    with pytest.raises(DataError, match=r"0001_01.png has 500 bytes, expected the 600 that it claims"):
+        tasks.omniglot(path, ways=1)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_that_can_not_be_unpacked_in_parts_is_refused(method: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images_background.zip", "w", method) as archive:
+        archive.writestr(NAME, png(drawing(1)))
+    with pytest.raises(DataError, match=f"is compressed by method {method}, expected to be deflated"):
+        tasks.omniglot(tmp_path, ways=1)
+
+
+def test_a_zip_that_is_large_or_has_many_members_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_zip(tmp_path / "images_background.zip", {f"{each:x}": b"" for each in range(MOST_MEMBERS + 1)})
+    with pytest.raises(DataError, match=r"holds 65537 members, expected at most 65536\. Unpack it"):
+        tasks.omniglot(path, ways=1)
+    monkeypatch.setattr(sys.modules["funcmeta.tasks._archive"], "LARGEST_ARCHIVE", 1000)
+    with pytest.raises(DataError, match=r"has \d+ bytes, expected at most 1000 of a zip\. Unpack it"):
+        tasks.omniglot(path, ways=1)
+
+
+def test_nothing_is_written_where_a_member_says(tmp_path: Path) -> None:
+    """A path that leads out of the archive is a name like any other, as nothing is extracted."""
+    (tmp_path / "data").mkdir()
+    outside = "../../Greek/character01/0001_01.png"
+    files = {outside: png(drawing(1)), "/tmp/Latin/character01/0001_01.png": png(drawing(2))}
+    path = write_zip(tmp_path / "data" / "images_background.zip", files)
+    assert tasks.omniglot(path, ways=1, queries=0).classes == (("Greek", "character01"), ("Latin", "character01"))
+    assert [each.name for each in tmp_path.rglob("*")] == ["data", "images_background.zip"]
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    torch.save({"images": torch.ones(2)}, tmp_path / "images_background.zip")  # a zip, too
+    with pytest.raises(DataError, match=r"holds no file like .* Download"):
+        tasks.omniglot(tmp_path, ways=1)
 
 
 def test_characters_with_missing_drawings_are_refused(tmp_path: Path) -> None:

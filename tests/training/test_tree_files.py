@@ -4,8 +4,10 @@ import json
 import os
 import resource
 import subprocess
+import sys
 from collections import Counter, OrderedDict
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -112,6 +114,34 @@ def test_a_foreign_file(metadata: dict[str, str] | None, tmp_path: Path) -> None
     (tmp_path / "x").write_bytes(safetensors.torch.save({"w": torch.ones(2)}, metadata))
     with pytest.raises(fm.DataError, match="is a safetensors file, but none of a run of funcmeta"):
         load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "skeleton",
+    [
+        {"mapping": "dict", "pairs": [[[], 1]]},
+        {"mapping": "dict", "pairs": [1]},
+        {"mapping": "dict", "pairs": [[1, 2, 3]]},
+        {"mapping": "counter", "pairs": [[{}, 1]]},
+        {"tensor": "w", "learned": True},
+    ],
+    ids=str,
+)
+def test_a_skeleton_that_was_signed_but_makes_no_tree(skeleton: Any, tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(2, dtype=torch.int64)}
+    about = {"version": 1, "kind": "meta", "tree": skeleton, "sha256": _tree_file._checksum(skeleton, tensors)}
+    (tmp_path / "x").write_bytes(safetensors.torch.save(tensors, {"funcmeta": json.dumps(about)}))
+    with pytest.raises(fm.DataError, match=r"x is damaged: .* Pass a file that funcmeta.training wrote"):
+        load(tmp_path / "x")
+
+
+def test_nothing_is_imported_to_find_a_namedtuple(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module whose attributes are code, as those are that import lazily, is asked for none."""
+    lazy = ModuleType("lazy")
+    lazy.__getattr__ = pytest.fail  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "lazy", lazy)
+    with pytest.raises(fm.DataError, match="needs the NamedTuple lazy:Pair"):
+        decode({"named": "lazy:Pair", "values": []}, {})
 
 
 def test_a_pickle_is_refused(tmp_path: Path) -> None:
