@@ -199,3 +199,8 @@ def test_draws_of_the_loss_follow_the_seed_of_the_step() -> None:
     fm.unroll(problem, {}, data, steps=2, seed=7)
     assert drawn[12:14] == first[:2]
     assert drawn[14] not in first
+
+
+def test_options_are_named() -> None:
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        fm.inner_problem(nn.Linear(1, 1), lambda meta, predict, batch: predict(batch).sum(), fm.optim.sgd(0.1))  # type: ignore[misc]
