@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Collection
+from os import fspath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ def check_fraction(name: str, value: Any) -> float:
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     """The value itself when it is among the choices, else ``ArgumentError``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ArgumentError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}. Choose one.")
     return str(value)
 
@@ -46,3 +48,19 @@ def check_floating(dtype: Any) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ArgumentError(f"dtype is {dtype!r}, expected a floating-point dtype. Pass torch.float32, say.")
     return dtype
+
+
+def check_path(path: Any) -> Path:
+    """The path of a file, else ``ArgumentError``."""
+    try:
+        return Path(fspath(path))
+    except TypeError as error:
+        raise ArgumentError(f"path is {path!r}, expected the path of a file. Pass a str or a Path.") from error
+
+
+def check_device(device: Any) -> torch.device:
+    """The device when it names one, else ``ArgumentError``."""
+    try:
+        return torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        raise ArgumentError(f"device is {device!r}, expected a device of torch. Pass e.g. 'cpu' or 'cuda'.") from error

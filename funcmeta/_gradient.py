@@ -125,6 +125,8 @@ def check_loss(value: Any, *, name: str, shape: tuple[int, ...] = ()) -> None:
         raise LossError(f"{name} has shape {list(value.shape)}, expected {list(shape)}. Reduce it by mean() or sum().")
     if not value.is_floating_point():
         raise LossError(f"{name} is {value.dtype}, expected a floating-point tensor. Convert it before reducing.")
+    if value.is_meta:
+        raise LossError(f"{name} is on the device 'meta', where tensors have no data. Compute it on 'cpu' or 'cuda'.")
 
 
 _steering: ContextVar[Steering | None] = ContextVar("funcmeta_inner_gradient", default=None)

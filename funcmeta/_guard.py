@@ -22,7 +22,7 @@ def check_arguments(meta: Meta, task: Task, steps: int, seed: int, estimator: Es
     if torch.is_inference_mode_enabled():
         raise ArgumentError("An unroll takes gradients, which torch.inference_mode forbids. Use torch.no_grad() there.")
     for name, value, method, usual in (
-        ("estimator", estimator, "__call__", "Reverse()"),
+        ("estimator", estimator, "unreached_advice", "Reverse()"),
         ("memory", memory, "run", "StoreAll()"),
     ):
         if isinstance(value, type) or not hasattr(value, method):
@@ -33,16 +33,28 @@ def check_arguments(meta: Meta, task: Task, steps: int, seed: int, estimator: Es
     if isinstance(meta, torch.nn.Module):
         raise ArgumentError("meta is a Module, expected a tree of tensors. Pass dict(module.named_parameters()).")
     tree.check_tensors(meta, name="meta")
+    check_has_data(meta, "meta")
     if not isinstance(task, Task):
         raise ArgumentError(f"task is a {type(task).__name__}, expected a Task. Pass Task(support, query).")
     for index, leaf in enumerate(tree.leaves(task[:2])):
         if not isinstance(leaf, Tensor):
             _check_data(tree.named_leaves(task[:2], "task")[index][0], leaf)
+    check_has_data(task[:2], "task")
     if not callable(task.support) and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(task.support)):
         raise ArgumentError(
             f"task.support is a {type(task.support).__name__}, expected tensors or a function of the step index. Pass "
             f"the batch of every step, or a function that returns the batch of a given step."
         )
+
+
+def check_has_data(value: Tree, name: str) -> None:
+    """Raise when a tensor is on the device ``meta``."""
+    for index, leaf in enumerate(tree.leaves(value)):
+        if isinstance(leaf, Tensor) and leaf.is_meta:
+            path = tree.named_leaves(value, name)[index][0]
+            raise ArgumentError(
+                f"{path} is {tree.describe(leaf)}, a device where tensors have no data. Pass it on 'cpu' or 'cuda'."
+            )
 
 
 def _check_data(name: str, leaf: object) -> None:
@@ -60,6 +72,7 @@ def _check_data(name: str, leaf: object) -> None:
 def check_replayable(support: Callable[[int], Batch], index: int) -> None:
     """Raise unless a source of batches gives the same batch twice."""
     first, second = tree.leaves(support(index)), tree.leaves(support(index))
+    check_has_data([first, second], f"support({index})")
     same = len(first) == len(second) and all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
         for a, b in zip(first, second, strict=True)

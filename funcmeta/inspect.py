@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from funcmeta import tree
+from funcmeta import rng, tree
 from funcmeta._errors import ArgumentError
 from funcmeta._graph import check_differentiable_again
 from funcmeta._typing import Buffers, Params
@@ -96,7 +96,7 @@ def inspect(module: nn.Module, *inputs: Any, seed: int = 0) -> Readiness:
         A ``Readiness``; ``print`` it for a table, index it by a property's name.
 
     Raises:
-        ArgumentError: the module can not be made functional, or does not run on these inputs.
+        ArgumentError: the module can not be made functional, or does not run on these inputs; a bad seed.
 
     Examples:
         >>> print(inspect(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), torch.ones(2, 3)))
@@ -126,7 +126,7 @@ class _Subject:
     """The module as a scalar function of its parameters, and the questions asked of it."""
 
     def __init__(self, module: nn.Module, inputs: tuple[Any, ...], seed: int) -> None:
-        self._module, self._inputs, self._seed = module, inputs, seed
+        self._module, self._inputs, self._seed = module, inputs, rng.check_seed(seed)
         self._model, self._params, self._buffers = functionalize(module)
         generator = torch.Generator().manual_seed(seed)
         self._direction = tree.map(lambda leaf: torch.randn(leaf.shape, generator=generator).to(leaf), self._params)

@@ -144,7 +144,8 @@ def inner_problem(
         A ``Problem`` whose state is an ``InnerState``.
 
     Raises:
-        ArgumentError: ``module`` can not be made functional, ``adapt`` selects nothing, or a task without a query
+        ArgumentError: ``module`` can not be made functional, a loss or ``adapt`` is no function, a weight is no number,
+            ``adapt`` selects nothing, or a task without a query
             meets a meta-loss that needs one.
         StructureError: ``meta["params"]`` does not fit the module in names, shapes, dtypes or device.
 
@@ -164,6 +165,14 @@ def inner_problem(
     Andrychowicz et al. (2016), equation 3.
     """
     model, own_params, own_buffers = functionalize(module)
+    for name, value, optional in (
+        ("loss_fn", loss_fn, False),
+        ("meta_loss_fn", meta_loss_fn, meta_loss_fn is None),
+        ("trajectory_loss", trajectory_loss, isinstance(trajectory_loss, bool)),
+        ("adapt", adapt, adapt is None),
+    ):
+        if not optional and not callable(value):
+            raise ArgumentError(f"{name} is {value!r}, expected a function. Pass one, or leave it out where it may be.")
     adapted = [name for name in own_params if adapt is None or adapt(name)]
     if not adapted:
         raise ArgumentError(f"adapt selects none of the parameters {list(own_params)}. Select at least one.")
@@ -205,8 +214,18 @@ def inner_problem(
 
         (loss, buffers), grads = value_and_grad(objective, has_aux=True)(state.params)
         params, opt_state = advance(transform(meta), grads, state.opt_state, state.params)
-        share = trajectory_loss(state.step) * loss if callable(trajectory_loss) else loss if trajectory_loss else None
+        share = weighted(state.step, loss) if callable(trajectory_loss) else loss if trajectory_loss else None
         return InnerState(params, buffers, opt_state, state.step + 1), StepInfo(loss, share)
+
+    def weighted(step: Tensor, loss: Tensor) -> Tensor:
+        assert callable(trajectory_loss)
+        weight = trajectory_loss(step)
+        if not isinstance(weight, Tensor | int | float):
+            raise ArgumentError(
+                f"trajectory_loss(step) is {weight!r}, expected the weight of this step's loss. Return a number or a "
+                f"0-d tensor."
+            )
+        return weight * loss
 
     def meta_loss(meta: Meta, state: InnerState, query: Batch, seed: int) -> Tensor:
         if query is None:

@@ -1,5 +1,6 @@
 """Run the inner training and return a meta-loss that carries its meta-gradient."""
 
+import re
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,11 +9,19 @@ from torch import Tensor
 
 from funcmeta import rng, tree
 from funcmeta._batching import per_task
+from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._exact_layers import exact_layers
 from funcmeta._gradient import check_loss
 from funcmeta._graph import alias, inside_functorch
-from funcmeta._guard import check_arguments, check_attached, check_every_leaf_used, check_finite, check_replayable
+from funcmeta._guard import (
+    check_arguments,
+    check_attached,
+    check_every_leaf_used,
+    check_finite,
+    check_has_data,
+    check_replayable,
+)
 from funcmeta._typing import Batch, Meta
 from funcmeta._watch import watched
 from funcmeta.estimators import Estimator, Particles, Primal, Reverse
@@ -201,6 +210,14 @@ def check_carry(carry: Any) -> None:
     """Raise unless this is a carry or None."""
     if carry is not None and not isinstance(carry, Carry):
         raise ArgumentError(f"carry is a {type(carry).__name__}, expected a Carry. Pass an earlier unroll's out.carry.")
+    if carry is not None:
+        check_count("carry.step", carry.step, least=0, advice="Pass an earlier unroll's out.carry.")
+        if not isinstance(carry.particles, Particles | None):
+            raise ArgumentError(
+                f"carry.particles is a {type(carry.particles).__name__}, expected Particles or None. Pass an earlier "
+                f"unroll's out.carry."
+            )
+        check_has_data(carry.state, "carry.state")
 
 
 def _bind(
@@ -257,10 +274,18 @@ class _controlled:
         self._draws.__enter__()
         self._layers.__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        """Leave both."""
-        self._layers.__exit__(*error)
-        self._draws.__exit__(*error)
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Leave both, and name what is wrong when tensors of two devices met."""
+        self._layers.__exit__(kind, error, trace)
+        self._draws.__exit__(kind, error, trace)
+        if isinstance(error, RuntimeError) and _TWO_DEVICES.search(str(error)):
+            raise StructureError(
+                f"Tensors of two devices met in a function of the problem: {str(error).splitlines()[0]} Put meta, the "
+                f"batches and the query on one device."
+            ) from error
+
+
+_TWO_DEVICES = re.compile("expected all tensors to be on the same device|is not on the expected device", re.IGNORECASE)
 
 
 def _requires_grad(value: Any) -> bool:

@@ -72,7 +72,7 @@ def unroll_batch(
 
     Source: the sum over tasks of Finn et al. (2017), equation 1; batching by ``torch.func.vmap``.
     """
-    if strategy not in ("auto", "vmap", "loop"):
+    if not isinstance(strategy, str) or strategy not in ("auto", "vmap", "loop"):
         raise ArgumentError(f"strategy is {strategy!r}, expected 'auto', 'vmap' or 'loop'. Pass one of them.")
     if not isinstance(tasks, Task):
         raise ArgumentError(f"tasks is a {type(tasks).__name__}, expected one Task with stacked tensors. Stack them.")

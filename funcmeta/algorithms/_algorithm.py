@@ -1,6 +1,6 @@
 """The one shape of every algorithm, and how the inner-loop ones are put together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from funcmeta import tree
 from funcmeta._check import check_count
+from funcmeta._errors import StructureError
 from funcmeta._typing import Meta
 from funcmeta.estimators import Estimator
 from funcmeta.memory import Memory
@@ -101,6 +102,8 @@ def algorithm_of(
         return out.loss
 
     def adapt(meta: Meta, task: Task, *, seed: int = 0, evaluate: bool = False) -> Predict:
+        if not isinstance(meta, Mapping) or "params" not in meta:
+            raise StructureError(f"meta is {tree.describe(meta)}, expected 'params' in it. Pass what init() gave.")
         constant = tree.detach(meta)
         with torch.no_grad():
             state = unroll(unjudged, constant, task, steps=steps, seed=seed).state

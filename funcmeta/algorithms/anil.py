@@ -60,7 +60,7 @@ def build(
 
     Source: Raghu et al. (2020), "Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML".
     """
-    if not any(name.startswith(head) for name in init_params(module)):
+    if not isinstance(head, str) or not any(name.startswith(head) for name in init_params(module)):
         raise ArgumentError(f"head is {head!r}, with which none of {list(init_params(module))} begins. Pass e.g. '2.'.")
     return inner_loop(
         module,

@@ -60,7 +60,8 @@ class ForwardMode:
         if inside_functorch():
             raise ArgumentError("ForwardMode pushes tangents by torch.func and can not run inside it. Use Reverse().")
         moving = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
-        if not moving or not torch.is_grad_enabled():
+        count = sum(leaf.numel() for leaf in moving)
+        if not count or not torch.is_grad_enabled():
             return Reverse()(primal, meta, StoreAll())
         fixed = tree.detach(meta)
         if any(leaf.requires_grad for leaf in tree.tensors(primal.init(fixed))):
@@ -69,7 +70,6 @@ class ForwardMode:
                 "Pass an earlier unroll's out.carry, which is detached, or use Reverse()."
             )
         _check_captured(primal, meta)
-        count = sum(leaf.numel() for leaf in moving)
         slopes = []
         with DualLayers(), _explained():
             for first in range(0, count, self.chunk or count):
@@ -111,7 +111,7 @@ def _directions(moving: Sequence[Tensor], first: int, stop: int) -> list[Tensor]
     rows = torch.arange(first, stop, device=moving[0].device)
     columns = torch.arange(sum(sizes), device=moving[0].device)
     parts = torch.split(rows[:, None] == columns, sizes, dim=1)
-    return [part.reshape(-1, *leaf.shape).to(leaf) for part, leaf in zip(parts, moving, strict=True)]
+    return [part.reshape(len(part), *leaf.shape).to(leaf) for part, leaf in zip(parts, moving, strict=True)]
 
 
 def _pushed_run(
@@ -156,9 +156,9 @@ def _pushed(
 
     def flat(*values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         result = fn(values)
-        made[:] = [_constant(result, keep=False)]
         floats = _floats(result)
-        return floats, tree.tensors(result)
+        made[:] = [_constant(result, keep=False), len(floats)]
+        return floats or [values[0]], tree.tensors(result)  # torch pushes no empty result
 
     at = tuple([each.contiguous() for each in point])
 
@@ -168,7 +168,7 @@ def _pushed(
 
     both = torch.func.vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
     slopes, every = both(*directions)
-    return tree.filled(made[0], every), slopes
+    return tree.filled(made[0], every), slopes[: made[1]]
 
 
 def _checked(objective: Objective, params: Tree) -> Gradient:

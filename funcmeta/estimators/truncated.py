@@ -44,7 +44,7 @@ class Truncated:
 
     def __post_init__(self) -> None:
         check_count("length", self.length, advice="Pass e.g. length=20.")
-        if isinstance(self.estimator, type) or not callable(self.estimator):
+        if isinstance(self.estimator, type) or not hasattr(self.estimator, "unreached_advice"):
             raise ArgumentError(f"estimator is {self.estimator!r}, expected an estimator. Pass e.g. FirstOrder().")
 
     @property

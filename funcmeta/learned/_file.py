@@ -8,6 +8,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from funcmeta._check import check_path
 from funcmeta._errors import ArgumentError, DataError
 from funcmeta._files import tensors_in, written
 from funcmeta.learned._gates import gates
@@ -65,6 +66,7 @@ def save(optimizer: LearnedOptimizer, path: str | Path) -> None:
             f"config of {type(optimizer).__name__} can not be written as JSON: {error}. Keep numbers, strings, "
             f"booleans and lists of them in it."
         ) from error
+    check_path(path)
     tensors = {name: tensor.detach().contiguous() for name, tensor in optimizer.state_dict().items()}
     try:
         content = safetensors.torch.save(tensors, {"funcmeta": VERSION, "kind": optimizer.kind, "config": config})
@@ -99,7 +101,7 @@ def load(path: str | Path, *, make: Callable[..., LearnedOptimizer] | None = Non
 
     Source: the safetensors format (https://huggingface.co/docs/safetensors).
     """
-    path = Path(path)
+    path = check_path(path)
     about, tensors = tensors_in(path, advice="Pass a file that learned.save wrote.")
     if about.get("funcmeta") != VERSION:
         raise DataError(

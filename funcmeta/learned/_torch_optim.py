@@ -1,6 +1,6 @@
 """A transform as an optimizer of torch, for ordinary training."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,14 @@ class TorchOptimizer(torch.optim.Optimizer):
                 f"optimizer is a {type(optimizer).__name__}, expected a LearnedOptimizer or a Transform. Pass e.g. "
                 f"funcmeta.learned.pretrained()."
             )
-        super().__init__(params, {})
+        try:
+            super().__init__(params, {})
+        except ArgumentError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"params can not be optimized: {error}. Pass module.parameters() or module.named_parameters()."
+            ) from error
         options = self.param_groups[0].keys() - {"params", "param_names"}
         if options:
             raise ArgumentError(
@@ -90,6 +97,13 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state that ``state_dict()`` returned."""
+        groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+        sizes = [len(self.param_groups[0]["params"])]
+        if not isinstance(groups, list) or [len(each.get("params", ())) for each in groups] != sizes:
+            raise StructureError(
+                f"state_dict has not the param_groups of {sizes[0]} parameters. Load what the same optimizer "
+                f"saved for this module."
+            )
         wanted, kept = tree.leaves(self._fresh()), state_dict.get("state", {})
         if kept and _KEY not in kept:
             raise StructureError(

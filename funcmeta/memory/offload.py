@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from funcmeta._check import check_device
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Meta
 from funcmeta.memory._base import Step, Trajectory
@@ -25,7 +26,7 @@ class Offload:
         device: where they wait.
 
     Raises:
-        ArgumentError: ``inner`` stores no states, or has no plan before it runs.
+        ArgumentError: ``inner`` stores no states, or has no plan before it runs; ``device`` is none, or "meta".
 
     Examples:
         >>> from funcmeta.memory import Segments, plan
@@ -45,6 +46,8 @@ class Offload:
                 f"inner is {self.inner!r}, expected a policy that stores states by a plan: StoreAll() stores none, and "
                 f"budget(...) plans when it runs. Pass e.g. Segments() or Revolve(10)."
             )
+        if check_device(self.device).type == "meta":
+            raise ArgumentError(f"device is {self.device!r}, expected one that keeps tensors. Pass e.g. 'cpu'.")
 
     def actions(self, steps: int) -> Iterable[Action]:
         """Those of ``inner``."""

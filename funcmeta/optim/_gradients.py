@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
+from funcmeta._errors import StructureError
 from funcmeta._typing import Hyper, Tree
 from funcmeta.optim._hyper import Hypers, Value, Values, double
-from funcmeta.optim._rule import StepState, per_tensor, step_zero
+from funcmeta.optim._rule import StepState, check_gradients, per_tensor, step_zero
 from funcmeta.optim._transform import Transform
 
 
@@ -79,6 +80,9 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
     Returns:
         A transform of gradients, to be chained before an optimizer.
 
+    Raises:
+        StructureError: in its update, the gradients are on several devices.
+
     Examples:
         >>> transform = fm.optim.clip_by_global_norm(1.0)
         >>> grads = {"w": torch.tensor([3.0]), "b": torch.tensor([4.0])}
@@ -93,6 +97,13 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
         return StepState(step_zero(tree.leaves(params))) if hypers.scheduled else StepState()
 
     def update(grads: Tree, state: StepState, params: Tree) -> tuple[Tree, StepState]:
+        check_gradients(tree.aligned(params, grads, name="grads"), tree.leaves(params))
+        devices = {leaf.device for leaf in tree.leaves(grads)}
+        if len(devices) > 1:
+            raise StructureError(
+                f"the gradients are on {', '.join(sorted(map(str, devices)))}, but their common norm is computed on "
+                "one device. Use clip_by_norm, or move the parameters to one device."
+            )
         factor = _shrinkage(tree.dot(grads, grads), hypers.single("max_norm", state.step))
         clipped = tree.map(lambda grad: (grad * factor).to(grad.dtype), grads)
         return clipped, StepState(state.step + 1 if hypers.scheduled else ())

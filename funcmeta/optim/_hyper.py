@@ -92,7 +92,7 @@ def pair(betas: tuple[Hyper, Hyper]) -> tuple[Hyper, Hyper]:
 
 def blend(old: Tensor, new: Tensor, keep: Value) -> Tensor:
     """The running average keep · old + (1 - keep) · new."""
-    if isinstance(keep, Tensor):
+    if isinstance(keep, Tensor) or old.dtype != new.dtype:  # lerp takes one dtype
         return old + (new - old) * (1 - keep)
     return old.lerp(new, 1 - keep)
 
@@ -114,7 +114,7 @@ def _is_single(hyper: Hyper) -> bool:
 
 def _check(name: str, hyper: Hyper) -> None:
     """Raise unless this can be a hyper-parameter; numbers must also lie in their range."""
-    if callable(hyper) and not isinstance(hyper, Tensor):
+    if callable(hyper) and not isinstance(hyper, Tensor | type):
         return
     _check_type(name, hyper)
     holds, expected = _RANGES.get(name, _NOT_NEGATIVE)

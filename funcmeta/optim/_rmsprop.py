@@ -72,5 +72,5 @@ def rmsprop(
             fresh = (*fresh, step)
         return -values["lr"] * step, square_avg, *fresh
 
-    names = ["square_avg", *["grad_avg"] * centered, *["momentum_buffer"] * heavy]
+    names = ["square_avg", *(["grad_avg"] if centered else []), *["momentum_buffer"] * heavy]
     return per_tensor(hypers, rule, state=RmspropState, slots=dict.fromkeys(names, zeros), maximize=maximize)

@@ -51,7 +51,7 @@ def per_tensor(
     hypers: Hypers,
     rule: Rule,
     *,
-    state: Callable[..., Any] = StepState,
+    state: type[Any] = StepState,
     slots: Mapping[str, Slot] | None = None,
     prepare: Callable[[Values, Any], Values] | None = None,
     counted: bool = True,
@@ -79,7 +79,7 @@ def per_tensor(
         return [{**each, **prepare(each, step)} for each in merged] if prepare else merged
 
     def init(params: Tree) -> Any:
-        tree.check_tensors(params, name="params")
+        check_floating_leaves(params, name="params")
         flat = tree.is_flat(params)
         leaves = tree.leaves(params)
         step = step_zero(leaves) if counted else ()
@@ -92,8 +92,15 @@ def per_tensor(
         flat = tree.is_flat(params)
         leaves = list(params.values()) if flat else tree.leaves(params)
         given = _column(params, flat, grads, "grads")
+        if not isinstance(old, state):
+            raise StructureError(
+                f"state is a {type(old).__name__}, expected the {state.__name__} of this transform. Pass what its init "
+                "or its latest update returned."
+            )
         kept = [_column(params, flat, getattr(old, name), name) for name in slots]
         check_gradients(given, leaves)
+        for name, column in zip(slots, kept, strict=True):
+            check_slots(name, column, leaves)
         rows = zip(values_of(old.step, params, leaves), leaves, given, *kept, strict=True)
         results = [(finish(first, row[1]), *fresh) for row in rows for first, *fresh in (rule(*row),)]
         columns = list(zip(*results, strict=True)) or [()] * (1 + len(slots))
@@ -146,12 +153,35 @@ def step_zero(leaves: list[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 
 
+def check_floating_leaves(params: Tree, *, name: str) -> None:
+    """Raise unless every leaf is a floating-point tensor."""
+    tree.check_tensors(params, name=name)
+    for index, leaf in enumerate(tree.leaves(params)):
+        if not leaf.dtype.is_floating_point:
+            path = tree.named_leaves(params, name)[index][0]
+            raise StructureError(
+                f"{path} is {tree.describe(leaf)}, expected a floating-point tensor. Keep other tensors out of it."
+            )
+
+
 def check_gradients(grads: list[Any], params: list[Tensor]) -> None:
     for grad, param in zip(grads, params, strict=True):
-        if not isinstance(grad, Tensor) or grad.shape != param.shape:
+        if not (isinstance(grad, Tensor) and isinstance(param, Tensor)) or (
+            grad.shape != param.shape or grad.device != param.device or not grad.dtype.is_floating_point
+        ):
             raise StructureError(
                 f"a gradient is {tree.describe(grad)}, but its parameter is {tree.describe(param)}. Pass one gradient "
-                "of the same shape for each parameter; zeros where the loss does not depend on it."
+                "of the same shape on the same device for each parameter; zeros where the loss does not depend on it."
+            )
+
+
+def check_slots(name: str, column: list[Any], params: list[Tensor]) -> None:
+    """Raise unless what the state keeps for each parameter has its shape, or is one number."""
+    for value, param in zip(column, params, strict=True):
+        if not isinstance(value, Tensor) or (value.shape != param.shape and value.shape):
+            raise StructureError(
+                f"the state's {name} is {tree.describe(value)}, but its parameter is {tree.describe(param)}. Pass a "
+                "state that the transform has made for these parameters."
             )
 
 

@@ -61,7 +61,7 @@ def from_torch_optim_state(
     """
     state = transform.init(params)
     _check_namesake(state)
-    saved = source.state_dict() if isinstance(source, torch.optim.Optimizer) else source
+    saved = _saved("source", source)
     count = sum(len(group["params"]) for group in saved["param_groups"])
     leaves, spec = tree.flatten(params)
     if count != len(leaves):
@@ -113,7 +113,7 @@ def to_torch_optim_state(state: Any, target: torch.optim.Optimizer | Mapping[str
     Source: torch.optim.Optimizer.load_state_dict (https://docs.pytorch.org/docs/stable/optim.html).
     """
     _check_namesake(state)
-    saved = target.state_dict() if isinstance(target, torch.optim.Optimizer) else target
+    saved = _saved("target", target)
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     columns = {name: tree.leaves(field) for name, field in state._asdict().items() if name != "step"}
     kept = {name: column for name, column in columns.items() if column}
@@ -131,6 +131,16 @@ def to_torch_optim_state(state: Any, target: torch.optim.Optimizer | Mapping[str
         for entry in entries.values():
             entry["step"] = state.step.detach().to(torch.get_default_dtype())
     return {**saved, "state": entries}
+
+
+def _saved(name: str, optimizer: Any) -> Mapping[str, Any]:
+    """The state_dict of an optimizer, which may be given in its place."""
+    saved = optimizer.state_dict() if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+    if not isinstance(saved, Mapping) or not saved.keys() >= {"state", "param_groups"}:
+        raise ArgumentError(
+            f"{name} is {optimizer!r}, expected an optimizer of torch.optim or its state_dict(). Pass one of them."
+        )
+    return saved
 
 
 def _check_namesake(state: Any) -> None:

@@ -70,12 +70,16 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
     Returns:
         A new tree like the parameters.
 
+    Raises:
+        StructureError: an update differs from its parameter in shape, dtype or device.
+
     Examples:
         >>> fm.optim.apply_updates([torch.tensor(1.0)], [torch.tensor(-0.25)])
         [tensor(0.7500)]
 
     Source: optax.apply_updates (https://optax.readthedocs.io).
     """
+    tree.check_same(params, updates, name="updates", advice="Pass what Transform.update returned for these parameters.")
     return tree.map(operator.add, params, updates)
 
 

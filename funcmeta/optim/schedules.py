@@ -4,10 +4,14 @@ Each function here returns a callable that takes the step, a 0-d tensor (or an i
 tensor in double precision. Levels and rates may be tensors, and are differentiable then.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from funcmeta import tree
 from funcmeta._check import check_count
+from funcmeta._errors import ArgumentError
 from funcmeta._typing import Schedule
 
 __all__ = ["constant", "cosine_decay", "exponential_decay", "linear", "warmup"]
@@ -24,12 +28,16 @@ def constant(value: float | Tensor) -> Schedule:
     Returns:
         A callable of the step.
 
+    Raises:
+        ArgumentError: ``value`` is neither a number nor a floating-point tensor.
+
     Examples:
         >>> fm.optim.schedules.constant(0.5)(torch.tensor(7))
         tensor(0.5000, dtype=torch.float64)
 
     Source: this library.
     """
+    _check_levels(value=value)
     return lambda step: value * torch.ones_like(_time(step))
 
 
@@ -46,6 +54,9 @@ def linear(start: float | Tensor, end: float | Tensor, steps: int) -> Schedule:
     Returns:
         A callable of the step.
 
+    Raises:
+        ArgumentError: ``start`` or ``end`` is no number or tensor, or ``steps`` is below 1.
+
     Examples:
         >>> schedule = fm.optim.schedules.linear(1.0, 0.0, 4)
         >>> schedule(torch.tensor(1)), schedule(torch.tensor(9))
@@ -53,6 +64,7 @@ def linear(start: float | Tensor, end: float | Tensor, steps: int) -> Schedule:
 
     Source: torch.optim.lr_scheduler.LinearLR.
     """
+    _check_levels(start=start, end=end)
     _check_steps(steps)
     return lambda step: start + (end - start) * _fraction(step, steps)
 
@@ -70,12 +82,16 @@ def exponential_decay(start: float | Tensor, rate: float | Tensor, steps: int = 
     Returns:
         A callable of the step.
 
+    Raises:
+        ArgumentError: ``start`` or ``rate`` is no number or tensor, or ``steps`` is below 1.
+
     Examples:
         >>> fm.optim.schedules.exponential_decay(1.0, 0.5)(torch.tensor(2))
         tensor(0.2500, dtype=torch.float64)
 
     Source: torch.optim.lr_scheduler.ExponentialLR, which has steps = 1.
     """
+    _check_levels(start=start, rate=rate)
     _check_steps(steps)
     return lambda step: start * rate ** (_time(step) / steps)
 
@@ -93,12 +109,16 @@ def cosine_decay(start: float | Tensor, steps: int, end: float | Tensor = 0.0) -
     Returns:
         A callable of the step.
 
+    Raises:
+        ArgumentError: ``start`` or ``end`` is no number or tensor, or ``steps`` is below 1.
+
     Examples:
         >>> fm.optim.schedules.cosine_decay(1.0, 10)(torch.tensor(5))
         tensor(0.5000, dtype=torch.float64)
 
     Source: Loshchilov and Hutter 2017 (arXiv:1608.03983), equation 5, one period; CosineAnnealingLR in torch.optim.
     """
+    _check_levels(start=start, end=end)
     _check_steps(steps)
     return lambda step: end + (start - end) * (0.5 * (1 + torch.cos(torch.pi * _fraction(step, steps))))
 
@@ -115,6 +135,9 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
     Returns:
         A callable of the step.
 
+    Raises:
+        ArgumentError: ``schedule`` can not be called, or ``steps`` is below 1.
+
     Examples:
         >>> schedule = fm.optim.schedules.warmup(fm.optim.schedules.exponential_decay(1.0, 0.5), 3)
         >>> [schedule(torch.tensor(step)).item() for step in range(6)]
@@ -122,11 +145,17 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
 
     Source: Goyal et al. 2017 (arXiv:1706.02677), section 2.2.
     """
+    if not callable(schedule) or isinstance(schedule, type):
+        raise ArgumentError(
+            f"schedule is {schedule!r}, expected a callable of the step. Pass another schedule, e.g. constant(0.1)."
+        )
     _check_steps(steps)
 
     def warmed(step: Tensor) -> Tensor:
         time = _time(step)
-        return schedule((time - steps).clamp(min=0)) * ((time + 1) / (steps + 1)).clamp(max=1)
+        value = schedule((time - steps).clamp(min=0))
+        _check_levels(**{"schedule(step)": value})
+        return value * ((time + 1) / (steps + 1)).clamp(max=1)
 
     return warmed
 
@@ -139,6 +168,18 @@ def _time(step: Tensor | int) -> Tensor:
 def _fraction(step: Tensor | int, steps: int) -> Tensor:
     """Which part of the way is done, from 0 to 1."""
     return (_time(step) / steps).clamp(max=1)
+
+
+def _check_levels(**levels: Any) -> None:
+    for name, level in levels.items():
+        if isinstance(level, Tensor):
+            good = level.dtype.is_floating_point
+        else:
+            good = isinstance(level, int | float) and not isinstance(level, bool)
+        if not good:
+            raise ArgumentError(
+                f"{name} is {tree.describe(level)}, expected a number or a floating-point tensor. Pass e.g. {name}=0.1."
+            )
 
 
 def _check_steps(steps: int) -> None:

@@ -68,7 +68,7 @@ def stack(tasks: Sequence[Task]) -> Task:
         The stack; its ``spec`` is the tuple of the tasks' specs.
 
     Raises:
-        ArgumentError: there is no task, or a support is a function of the step.
+        ArgumentError: there is no task, or something else, or a support is a function of the step.
 
     Examples:
         >>> sampler = fm.tasks.quadratics(dimension=2)
@@ -78,6 +78,8 @@ def stack(tasks: Sequence[Task]) -> Task:
 
     Source: this library.
     """
+    if not isinstance(tasks, list | tuple) or isinstance(tasks, Task) or not all(isinstance(x, Task) for x in tasks):
+        raise ArgumentError(f"tasks is {type(tasks).__name__}, expected a list of Task. Pass [task, task].")
     if not tasks:
         raise ArgumentError("tasks is empty, expected at least one task. Pass a list of tasks.")
     first = tasks[0]

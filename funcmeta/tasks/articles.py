@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterable
 from importlib.util import find_spec
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from funcmeta._check import check_count
-from funcmeta._errors import ArgumentError, DataError, MissingExtraError
+from funcmeta._check import check_count, check_path
+from funcmeta._errors import DataError, MissingExtraError
 from funcmeta.tasks._wiki_markup import pages, plain
 
 END = "<eos>"
@@ -100,7 +100,7 @@ def wikipedia_articles(path: str | PathLike[str] | None = None, *, least: int = 
     Source: Wikipedia (CC BY-SA 3.0), as distributed with gensim (https://radimrehurek.com/gensim).
     """
     check_count("least", least, least=0)
-    file = _gensim() / _DUMP if path is None else _path(path)
+    file = _gensim() / _DUMP if path is None else check_path(path)
     advice = "Pass the path of a file like enwiki-latest-pages-articles1.xml.bz2, or install gensim."
     articles = [_article(title, plain(markup)) for title, markup in pages(file, advice=advice)]
     return _long_enough(articles, least, file, advice)
@@ -131,7 +131,7 @@ def wikitext_articles(path: str | PathLike[str], *, least: int = 0) -> tuple[Art
     Source: Merity et al. 2016 (arXiv:1609.07843), section 4.3; the texts are Wikipedia's (CC BY-SA 3.0).
     """
     check_count("least", least, least=0)
-    file, advice = _path(path), "Download wikitext-2-v1 or wikitext-103-v1 and pass the path of one of its files."
+    file, advice = check_path(path), "Download wikitext-2-v1 or wikitext-103-v1 and pass the path of one of its files."
     if not file.is_file():
         raise DataError(f"{file} does not exist, expected a file of WikiText. {advice}")
     try:
@@ -172,13 +172,6 @@ def _long_enough(articles: list[Article], least: int, file: Path, advice: str) -
     if not chosen:
         raise DataError(f"{file} holds {len(articles)} articles, none of over {least} words. {advice}")
     return chosen
-
-
-def _path(path: str | PathLike[str]) -> Path:
-    try:
-        return Path(fspath(path))
-    except TypeError as error:
-        raise ArgumentError(f"path is {path!r}, expected the path of a file. Pass a str or a Path.") from error
 
 
 def _gensim() -> Path:

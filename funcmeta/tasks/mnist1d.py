@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from funcmeta._check import check_count, check_floating
+from funcmeta._check import check_count, check_device, check_floating
 from funcmeta._typing import Batch
 from funcmeta.tasks._task import Task
 
@@ -63,7 +63,7 @@ def mnist1d(batch_size: int = 50, *, dtype: torch.dtype = torch.float32, device:
     """
     check_count("batch_size", batch_size)
     signals, labels = _dataset()
-    x = torch.tensor(signals, dtype=check_floating(dtype), device=device)
+    x = torch.tensor(signals, dtype=check_floating(dtype), device=check_device(device))
     y = torch.tensor(labels, device=device)
 
     def support(step: int) -> Batch:

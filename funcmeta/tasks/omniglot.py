@@ -8,7 +8,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from funcmeta._check import check_choice, check_count, check_floating
+from funcmeta._check import check_choice, check_count, check_device, check_floating
 from funcmeta._errors import DataError
 from funcmeta.tasks._archive import read_matching
 from funcmeta.tasks._drawings import average_areas, decode
@@ -92,6 +92,7 @@ def omniglot(
     check_choice("split", split, SPLITS)
     check_count("size", size)
     check_floating(dtype)
+    check_device(device)
     pattern = r"([^/]+)/(character\d+)/(\d+_\d+\.png)"
     files = read_matching(path, pattern, archives="images_*.zip", advice=_ADVICE)
     wanted = [name for name in files if SPLITS[split](name[0])]
@@ -173,6 +174,7 @@ def omniglot_runs(
     """
     check_count("size", size)
     check_floating(dtype)
+    check_device(device)
     pattern = r"(run\d+)/((?:training/class\d+|test/item\d+)\.png|class_labels\.txt)"
     files = read_matching(path, pattern, archives="all_runs.zip", advice=_ADVICE)
     tasks = []

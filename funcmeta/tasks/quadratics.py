@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from funcmeta import rng
-from funcmeta._check import check_count, check_floating
+from funcmeta._check import check_count, check_device, check_floating
 from funcmeta.tasks._task import Sampler, Task, seeds, stack
 
 
@@ -36,7 +36,7 @@ def quadratics(
     Source:
         Andrychowicz et al. 2016 (arXiv:1606.04474), section 3.1.
     """
-    return _Quadratics(check_count("dimension", dimension), check_floating(dtype), device)
+    return _Quadratics(check_count("dimension", dimension), check_floating(dtype), check_device(device))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from funcmeta import rng
-from funcmeta._check import check_count, check_floating
+from funcmeta._check import check_count, check_device, check_floating
 from funcmeta.tasks._task import Sampler, Task, seeds, stack
 
 
@@ -43,7 +43,7 @@ def sinusoids(
     """
     check_count("shots", shots)
     check_count("queries", queries, least=0)
-    return _Sinusoids(shots, queries, check_floating(dtype), device)
+    return _Sinusoids(shots, queries, check_floating(dtype), check_device(device))
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,18 @@ def finite_difference(
         section 8.1, for the size of the step.
     """
     _check_trees(tree, direction)
-    if order not in _WEIGHTS:
-        raise ArgumentError(f"order is {order!r}, expected one of {list(_WEIGHTS)}. Pass one of them.")
+    check_order(order)
     if eps is None:
         eps = default_step(tree, direction, order)
     elif isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
         raise ArgumentError(f"eps is {eps!r}, expected a positive number. Leave it out, or pass e.g. eps=1e-5.")
     return _difference(fn, tree, direction, eps, order)
+
+
+def check_order(order: Any) -> None:
+    """Raise unless there is a difference of this order."""
+    if type(order) is not int or order not in _WEIGHTS:
+        raise ArgumentError(f"order is {order!r}, expected one of {list(_WEIGHTS)}. Pass one of them.")
 
 
 def default_step(at: Tree, direction: Tree, order: int) -> float:

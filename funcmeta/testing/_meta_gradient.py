@@ -15,7 +15,7 @@ from funcmeta.estimators import Estimator, FirstOrder, Reverse
 from funcmeta.memory import Memory, StoreAll
 from funcmeta.problem import Problem
 from funcmeta.tasks import Task
-from funcmeta.testing._differences import Derivative, Probe, probes
+from funcmeta.testing._differences import Derivative, Probe, check_order, probes
 from funcmeta.testing._failures import MetaGradientMismatch, VacuousCheckWarning
 from funcmeta.testing._tolerances import TOLERANCES
 from funcmeta.unroll import unroll
@@ -103,7 +103,8 @@ def check_meta_grad(
     Raises:
         MetaGradientMismatch: an error exceeds the tolerance; the message names leaves and figures.
         StructureError: a leaf is no tensor, or one that requires grad is not float64, or the meta-loss is not.
-        ArgumentError: no leaf requires grad, or ``directions`` or ``tolerance`` is not positive.
+        ArgumentError: no leaf requires grad, or ``directions`` or ``tolerance`` is not positive,
+            or there is no difference of this ``order``.
 
     Examples:
         >>> def step(meta, a, x, seed):
@@ -121,6 +122,7 @@ def check_meta_grad(
         first-order control is this library's.
     """
     _check_arguments(directions, tolerance)
+    check_order(order)
     tree.check_tensors(meta, name="meta")
 
     def run(meta: Meta, estimator: Estimator, memory: Memory) -> Tensor:

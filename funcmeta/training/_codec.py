@@ -63,6 +63,8 @@ def _encode(value: Any, path: str, tensors: Tensors) -> Any:
     if kind is float:
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise ArgumentError(f"{path} is on the device 'meta', which has no data. Keep it on 'cpu' or 'cuda'.")
         name = path if path not in tensors else f"{path}#{len(tensors)}"
         tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": name, "learned": value.requires_grad}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from funcmeta import rng
 from funcmeta._check import check_count
+from funcmeta._errors import ArgumentError
 from funcmeta._typing import Meta
 from funcmeta.tasks import Sampler, Streams
 from funcmeta.training._objective import Objective, Score, objective
@@ -122,7 +123,14 @@ def evaluate(
     Source: this library.
     """
     check_count("number", number, least=2, advice="Pass e.g. number=100.")
+    check_score("score", score)
     return judged(objective(algorithm, tasks), meta, number, score, seed, Ranks())
+
+
+def check_score(name: str, score: Any) -> None:
+    """Raise unless this is a function or None."""
+    if score is not None and not callable(score):
+        raise ArgumentError(f"{name} is {score!r}, expected a function (predict, task) → number, or None. Pass one.")
 
 
 def judged(objective: Objective, meta: Meta, number: int, score: Score | None, seed: int, ranks: Ranks) -> Evaluation:

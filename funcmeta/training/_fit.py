@@ -12,7 +12,7 @@ from funcmeta._typing import Meta
 from funcmeta.tasks import Sampler, Streams
 from funcmeta.training._carries import Spread
 from funcmeta.training._codec import encode
-from funcmeta.training._evaluation import Validation
+from funcmeta.training._evaluation import Validation, check_score
 from funcmeta.training._folder import Folder, Record, Store
 from funcmeta.training._objective import objective
 from funcmeta.training._ranks import Ranks
@@ -124,12 +124,13 @@ def fit(
     check_count("steps", steps, advice="Pass e.g. steps=1000.")
     check_count("batch_size", batch_size, advice="Pass e.g. batch_size=4.")
     check_count("accumulate", accumulate, advice="Pass e.g. accumulate=1.")
+    _check_kinds(optimizer, scheduler, alarm, validation, folder, watch)
     check_choice("alarm.action", alarm.action, ("stop", "skip", "lower"))
     check_choice("spread", spread, ("tasks", "particles"))
     rng.check_seed(seed)
     if clip is not None:
         check_positive("clip", clip)
-    if not alarm.limit > 0:
+    if isinstance(alarm.limit, bool) or not isinstance(alarm.limit, int | float) or not alarm.limit > 0:
         raise ArgumentError(f"alarm.limit is {alarm.limit!r}, expected a positive number. Pass e.g. limit=100.0.")
     if validation is not None:
         _check_validation(validation)
@@ -222,7 +223,28 @@ def _owned(meta: Meta) -> Meta:
     return own
 
 
+def _check_kinds(optimizer: Any, scheduler: Any, alarm: Any, validation: Any, folder: Any, watch: Any) -> None:
+    """Raise unless each is of the kind that it has to be."""
+    watches = isinstance(watch, list | tuple) and all(map(callable, watch))
+    for name, value, good, wanted in (
+        ("optimizer", optimizer, callable(optimizer), "a function from meta to an optimizer of torch"),
+        (
+            "scheduler",
+            scheduler,
+            scheduler is None or callable(scheduler),
+            "a function that makes a scheduler",
+        ),
+        ("alarm", alarm, isinstance(alarm, Alarm), "an Alarm"),
+        ("validation", validation, isinstance(validation, Validation | None), "a Validation or None"),
+        ("folder", folder, isinstance(folder, Folder | None), "a Folder or None"),
+        ("watch", watch, watches, "a list of functions"),
+    ):
+        if not good:
+            raise ArgumentError(f"{name} is {value!r}, expected {wanted}. Pass one, or leave it out.")
+
+
 def _check_validation(validation: Validation) -> None:
+    check_score("validation.score", validation.score)
     check_count("validation.every", validation.every, advice="Pass e.g. every=50.")
     check_count("validation.number", validation.number, least=2, advice="Pass e.g. number=20.")
     check_count("validation.patience", validation.patience, or_none=True, advice="Pass e.g. patience=5.")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from funcmeta import tree
+from funcmeta._check import check_path
 from funcmeta._typing import Meta
 from funcmeta.training import _tree_file
 
@@ -18,7 +19,7 @@ def save(meta: Meta, path: str | Path) -> None:
 
     Raises:
         StructureError: a leaf of ``meta`` is not a tensor.
-        ArgumentError: a container of ``meta`` is none that can be written.
+        ArgumentError: a container of ``meta`` is none that can be written, or ``path`` is none.
         SaveError: the system does not take the file.
 
     Examples:
@@ -31,7 +32,7 @@ def save(meta: Meta, path: str | Path) -> None:
     Source: the safetensors format (https://huggingface.co/docs/safetensors).
     """
     tree.check_tensors(meta, name="meta")
-    _tree_file.write(Path(path), "meta", meta)
+    _tree_file.write(check_path(path), "meta", meta)
 
 
 def load(path: str | Path) -> Meta:
@@ -55,4 +56,4 @@ def load(path: str | Path) -> Meta:
 
     Source: the safetensors format (https://huggingface.co/docs/safetensors).
     """
-    return _tree_file.read(Path(path), "meta")
+    return _tree_file.read(check_path(path), "meta")

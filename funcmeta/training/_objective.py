@@ -57,6 +57,8 @@ def objective(algorithm: Any, tasks: Sampler | Streams, spread: Spread = "tasks"
         return _Streams(algorithm, tasks)
     if isinstance(tasks, Streams):
         raise ArgumentError("tasks are streams, which only dynamic_lm reads. Pass a sampler of tasks.")
+    if not all(callable(getattr(tasks, name, None)) for name in ("sample", "sample_batch")):
+        raise ArgumentError(f"tasks is a {type(tasks).__name__}, expected a sampler. Pass e.g. tasks.glyphs().")
     if isinstance(algorithm, l2l.L2L):
         return _Windows(algorithm, tasks, spread)
     if all(callable(getattr(algorithm, name, None)) for name in Algorithm._fields):

@@ -1,0 +1,256 @@
+"""What the fuzzing has found, each as its smallest example."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import funcmeta as fm
+from funcmeta import learned, optim, tasks, training
+from funcmeta.optim import schedules
+
+W = {"w": torch.ones(2)}
+ON_META = {"w": torch.ones(2, device="meta")}
+NET = nn.Linear(1, 1)
+
+
+def squares(meta: Any, predict: Any, batch: Any) -> Tensor:
+    x, y = batch
+    return ((predict(x) - y) ** 2).mean()  # type: ignore[no-any-return]
+
+
+def step(meta: Any, w: Any, x: Tensor, seed: int) -> Any:
+    loss, grads = fm.value_and_grad(lambda w: (w["w"] * x).sin().sum() + w["w"].sum())(w)
+    return {"w": w["w"] - meta["lr"] * grads["w"]}, fm.StepInfo(loss)
+
+
+PROBLEM = fm.Problem(lambda meta, task, seed: meta["p"], step, lambda meta, w, x, seed: (w["w"] * x).cos().sum())
+
+
+def a_meta(size: int = 2, device: str = "cpu") -> dict[str, Any]:
+    w = torch.linspace(0.1, 1, size, dtype=torch.float64, device=device)
+    return {"p": {"w": w.requires_grad_()}, "lr": torch.tensor(0.1, dtype=torch.float64, requires_grad=True)}
+
+
+X = torch.tensor(0.7, dtype=torch.float64)
+TASK = fm.Task(X, X)
+
+
+def unrolled(meta: Any = None, task: Any = TASK, problem: Any = PROBLEM, steps: int = 2, **options: Any) -> Any:
+    return fm.unroll(problem, a_meta() if meta is None else meta, task, steps=steps, **options)
+
+
+def updated(transform: fm.Transform, grads: Any = W, params: Any = W, state: Any = None) -> Any:
+    return transform.update(grads, transform.init(params) if state is None else state, params)
+
+
+def fitted(**options: Any) -> Any:
+    algorithm = fm.maml.build(NET, squares, steps=1, lr=0.1, strategy="loop")
+    keywords: dict[str, Any] = {"optimizer": lambda meta: torch.optim.SGD(meta["params"].values(), lr=0.1), **options}
+    sampler = keywords.pop("tasks", tasks.sinusoids())
+    return training.fit(algorithm, sampler, keywords.pop("optimizer"), steps=1, **keywords)
+
+
+def judged(**options: Any) -> Any:
+    algorithm = fm.maml.build(NET, squares, steps=1, lr=0.1, strategy="loop")
+    return training.evaluate(algorithm, algorithm.init(), tasks.sinusoids(), number=2, **options)
+
+
+def share_on_meta(meta: Any, w: Any, x: Tensor, seed: int) -> Any:
+    state, info = step(meta, w, x, seed)
+    return state, info._replace(meta_loss=info.loss.to("meta"))
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
+    "updates that broadcast": (
+        lambda: fm.apply_updates({"w": torch.ones(())}, W),
+        fm.StructureError,
+        r"updates\['w'\] is float32\[2\] on cpu, expected float32\[\] on cpu\. Pass what Transform.update returned",
+    ),
+    "updates on another device": (lambda: fm.apply_updates(W, ON_META), fm.StructureError, "is float32.* on meta, exp"),
+    "integer parameters": (
+        lambda: optim.sgd(0.1).init({"w": torch.ones(2, dtype=torch.int64)}),
+        fm.StructureError,
+        r"params\['w'\] is int64\[2\] on cpu, expected a floating-point tensor\. Keep other tensors out",
+    ),
+    "complex parameters": (lambda: optim.adam().init({"w": torch.tensor(1j)}), fm.StructureError, "is complex64"),
+    "gradients on another device": (lambda: updated(optim.sgd(0.1), ON_META), fm.StructureError, "on the same device"),
+    "integer gradients": (lambda: updated(optim.adam(), {"w": torch.ones(2).long()}), fm.StructureError, "is int64"),
+    "parameters that are none": (
+        lambda: optim.sgd(0.1).update([torch.ones(2)], optim.sgd(0.1).init(W), [3]),
+        fm.StructureError,
+        r"a gradient is float32\[2\] on cpu, but its parameter is 3 \(int\)",
+    ),
+    "a state of another transform": (
+        lambda: updated(optim.adam(), state=optim.sgd(0.1).init(W)),
+        fm.StructureError,
+        "state is a SgdState, expected the AdamState of this transform. Pass what its init",
+    ),
+    "a state of other parameters": (
+        lambda: updated(optim.adam(), state=optim.adam().init({"w": torch.ones(1)})),
+        fm.StructureError,
+        r"the state's exp_avg is float32\[1\] on cpu, but its parameter is float32\[2\]",
+    ),
+    "a class as a schedule": (lambda: optim.sgd(nn.Linear), fm.ArgumentError, "expected a number, a floating-point"),
+    "a norm over devices": (
+        lambda: updated(optim.clip_by_global_norm(1.0), *[[torch.ones(2), torch.ones(2, device="meta")]] * 2),
+        fm.StructureError,
+        "the gradients are on cpu, meta, but their common norm is computed on one device. Use clip_by_norm",
+    ),
+    "a level that is none": (
+        lambda: schedules.linear("a", 1.0, 3),
+        fm.ArgumentError,
+        r"start is 'a' \(str\), expected",
+    ),  # type: ignore[arg-type]
+    "a level of integers": (lambda: schedules.constant(torch.tensor(1)), fm.ArgumentError, r"value is int64\[\]"),
+    "a schedule that is none": (lambda: schedules.warmup(3, 2), fm.ArgumentError, "schedule is 3, expected a callable"),  # type: ignore[arg-type]
+    "a schedule of words": (lambda: schedules.warmup(lambda step: "a", 2)(0), fm.ArgumentError, r"schedule\(step\) is"),  # type: ignore[arg-type, return-value]
+    "a state_dict that is none": (
+        lambda: optim.from_torch_optim_state(optim.adam(), {"state": {}}, W),
+        fm.ArgumentError,
+        r"source is .*, expected an optimizer of torch.optim or its state_dict\(\)",
+    ),
+    "a target that is none": (
+        lambda: optim.to_torch_optim_state(optim.adam().init(W), {}),
+        fm.ArgumentError,
+        "target is {}, expected an optimizer of torch.optim",
+    ),
+    "meta without data": (
+        lambda: unrolled(a_meta(device="meta")),
+        fm.ArgumentError,
+        r"meta\['p'\]\['w'\] is float64\[2\] on meta, a device where tensors have no data\. Pass it on",
+    ),
+    "a task without data": (lambda: unrolled(task=fm.Task(X.to("meta"), X)), fm.ArgumentError, r"task\[0\] is float64"),
+    "batches without data": (
+        lambda: unrolled(task=fm.Task(lambda index: X.to("meta"), X), memory=fm.Segments(1)),
+        fm.ArgumentError,
+        r"support\(0\)\[0\]\[0\] is float64\[\] on meta",
+    ),
+    "two devices in a step": (
+        lambda: unrolled(task=fm.Task(lambda index: torch.ones(2, device="meta"), X)),
+        fm.StructureError,
+        "Tensors of two devices met in a function of the problem: .* Put meta, the batches and the query on one device",
+    ),
+    "a share without data": (
+        lambda: unrolled(problem=PROBLEM._replace(step=share_on_meta)),
+        fm.LossError,
+        "The meta-loss share of step 0 is on the device 'meta', where tensors have no data",
+    ),
+    "a carry of no step": (lambda: unrolled(carry=fm.Carry({}, "1")), fm.ArgumentError, "carry.step is '1', expected"),  # type: ignore[arg-type]
+    "a carry of no particles": (
+        lambda: unrolled(carry=fm.Carry({}, 1, 3)),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "carry.particles is a int, expected Particles or None",
+    ),
+    "a function as estimator": (lambda: unrolled(estimator=optim.sgd), fm.ArgumentError, "estimator is <function sgd"),
+    "a function in windows": (lambda: fm.Truncated(2, optim.sgd), fm.ArgumentError, "estimator is <function sgd"),  # type: ignore[arg-type]
+    "states offloaded to nothing": (
+        lambda: fm.Offload(fm.Segments(), "meta"),
+        fm.ArgumentError,
+        "device is 'meta', expected one that keeps tensors",
+    ),
+    "an array as strategy": (
+        lambda: fm.unroll_batch(PROBLEM, a_meta(), TASK, steps=1, strategy=torch.ones(2)),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "strategy is tensor",
+    ),
+    "a loss that is none": (
+        lambda: fm.inner_problem(NET, 3, optimizer=optim.sgd(0.1)),
+        fm.ArgumentError,
+        "loss_fn is 3",
+    ),  # type: ignore[arg-type]
+    "weights of words": (
+        lambda: fm.unroll(
+            fm.inner_problem(NET, squares, optimizer=optim.sgd(0.1), trajectory_loss=lambda step: "a"),  # type: ignore[arg-type, return-value]
+            {"params": fm.init_params(NET)},
+            tasks.sinusoids().sample(0),
+            steps=1,
+        ),
+        fm.ArgumentError,
+        r"trajectory_loss\(step\) is 'a', expected the weight",
+    ),
+    "a seed that is none": (lambda: fm.inspect(NET, torch.ones(1, 1), seed=0.5), fm.ArgumentError, "seed is 0.5, exp"),  # type: ignore[arg-type]
+    "parameters of torch that are none": (
+        lambda: learned.TorchOptimizer([NET.weight, 3], optim.adam()),  # type: ignore[list-item]
+        fm.ArgumentError,
+        "params can not be optimized: .* Pass module.parameters",
+    ),
+    "a state_dict of nothing": (
+        lambda: learned.TorchOptimizer(NET.parameters(), optim.adam()).load_state_dict({"state": {1: 2}}),
+        fm.StructureError,
+        "state_dict has not the param_groups of 2 parameters. Load what the same optimizer saved",
+    ),
+    "a head that is no name": (
+        lambda: fm.anil.build(NET, squares, head=len, steps=1, lr=0.1),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "head is <built-in function len>, with which none of",
+    ),
+    "adapting without parameters": (
+        lambda: fm.maml.build(NET, squares, steps=1, lr=0.1).adapt(torch.ones(()), tasks.sinusoids().sample(0)),
+        fm.StructureError,
+        r"meta is float32\[\] on cpu, expected 'params' in it\. Pass what init\(\) gave",
+    ),
+    "a stack of nothing": (lambda: tasks.stack([3]), fm.ArgumentError, "tasks is list, expected a list of Task"),  # type: ignore[list-item]
+    "no device": (lambda: tasks.glyphs(device="nowhere"), fm.ArgumentError, "device is 'nowhere', expected a device"),
+    "a choice that is no word": (lambda: tasks.glyphs(split={}), fm.ArgumentError, "split is {}, expected one of"),  # type: ignore[arg-type]
+    "saving what has no data": (
+        lambda: training.save(ON_META, "never-written"),
+        fm.ArgumentError,
+        "w is on the device 'meta', which has no data",
+    ),
+    "no path": (lambda: training.load(3), fm.ArgumentError, "path is 3, expected the path of a file"),  # type: ignore[arg-type]
+    "watching by nothing": (
+        lambda: fitted(watch=None),
+        fm.ArgumentError,
+        "watch is None, expected a list of functions",
+    ),
+    "no alarm": (lambda: fitted(alarm=3), fm.ArgumentError, "alarm is 3, expected an Alarm"),
+    "an alarm without a limit": (
+        lambda: fitted(alarm=training.Alarm(limit="a")),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "alarm.limit is 'a', expected a positive number",
+    ),
+    "no sampler": (lambda: fitted(tasks=3), fm.ArgumentError, "tasks is a int, expected a sampler"),
+    "no score": (lambda: judged(score=3), fm.ArgumentError, "score is 3, expected a function"),
+    "no order": (
+        lambda: fm.check_meta_grad(PROBLEM, a_meta(), TASK, steps=1, order=[]),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        r"order is \[\], expected one of \[2, 4, 6\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_was_an_error_of_torch_or_a_wrong_number_is_refused(name: str) -> None:
+    call, kind, message = REFUSED[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_forward_mode_takes_leaves_and_states_without_entries(size: int) -> None:
+    """A learned leaf of no entries was a reshape that torch refused, and so was a state without tensors."""
+    meta = {**a_meta(size), "unmoved": torch.zeros(0, dtype=torch.float64)}
+    got = torch.autograd.grad(unrolled(meta, estimator=fm.ForwardMode()).loss, [meta["p"]["w"], meta["lr"]])
+    want = torch.autograd.grad(unrolled(meta).loss, [meta["p"]["w"], meta["lr"]])
+    for mine, other in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, other)
+
+    def idle(lr: Tensor, state: Any, x: Tensor, seed: int) -> Any:
+        return state, fm.StepInfo(lr * x)
+
+    problem = fm.Problem(lambda lr, task, seed: {}, idle, lambda lr, state, x, seed: lr**2)
+    lr = torch.tensor(0.5, requires_grad=True)
+    fm.unroll(problem, lr, fm.Task(X, X), steps=1, estimator=fm.ForwardMode()).loss.backward()
+    assert lr.grad == 1.0
+
+
+def test_a_double_hyper_parameter_with_entries_keeps_the_dtype() -> None:
+    """It promotes the gradient, which torch.lerp does not take together with a state in single precision."""
+    params = {"w": torch.ones(2)}
+    decay = torch.full((1,), 0.5, dtype=torch.float64)
+    (mine, state), (other, _) = (updated(optim.adam(weight_decay=each), params, params) for each in (decay, 0.5))
+    assert mine["w"].dtype == state.exp_avg["w"].dtype == torch.float32
+    torch.testing.assert_close(mine["w"], other["w"])
