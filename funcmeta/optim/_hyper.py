@@ -93,7 +93,8 @@ def pair(betas: tuple[Hyper, Hyper]) -> tuple[Hyper, Hyper]:
 def blend(old: Tensor, new: Tensor, keep: Value) -> Tensor:
     """The running average keep · old + (1 - keep) · new."""
     if isinstance(keep, Tensor) or old.dtype != new.dtype:  # lerp takes one dtype
-        return old + (new - old) * (1 - keep)
+        blended: Tensor = old + (new - old) * (1 - keep)
+        return blended
     return old.lerp(new, 1 - keep)
 
 
