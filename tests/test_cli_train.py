@@ -150,6 +150,7 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
     (("train", "l2l", "--optimizer", "adam"), "optimizer is 'adam', expected one of linear, lstm"),
     (("train", "dynamic_lm", "--tasks", "novels"), "tasks is 'novels', expected pydoc, wikipedia"),
     (("train", "dynamic_lm", "--estimator", "es:1:2"), "estimator is 'es:1:2', which does not go with dynamic_lm"),
+    (("train", "dynamic_lm", "--dtype", "bfloat16"), "dtype is 'bfloat16', which does not go with dynamic_lm"),
     (("train", "maml", "--config", "nowhere.toml"), "nowhere.toml can not be read as TOML"),
     (("evaluate", "nowhere"), "nowhere has no config.toml. Pass the folder of a run"),
     (("evaluate", "nowhere", "--part", "all"), "part is 'all', expected one of 'train', 'validation', 'test'"),
@@ -189,12 +190,28 @@ def test_a_run_is_not_overwritten_and_not_changed(tmp_path: Path) -> None:
     changed = call("train", "--out", str(tmp_path), "--resume", "--inner-lr", "0.3")
     assert changed.exit_code == 2
     assert "begun with other settings: inner_lr was 0.1, now 0.3. Resume it without them" in changed.output
+    (tmp_path / "mine.toml").write_text("meta_lr = 0.5")
+    file = call("train", "--out", str(tmp_path), "--resume", "--config", str(tmp_path / "mine.toml"))
+    assert "begun with other settings: meta_lr was 0.001, now 0.5" in file.output
     (tmp_path / "checkpoints" / "step-00000004.safetensors").write_bytes(b"")
     damaged = call("train", "--out", str(tmp_path), "--resume", "--steps", "5")
     assert damaged.exit_code == 2
     assert "step-00000003.safetensors is older: pass damaged='previous'" in damaged.output
     previous = call("train", "--out", str(tmp_path), "--resume", "--steps", "5", "--damaged", "previous")
     assert "Ended after step 5" in previous.output
+
+
+def test_a_cosine_is_not_stretched(tmp_path: Path) -> None:
+    assert train("maml", tmp_path, "--schedule", "cosine").exit_code == 0
+    longer = call("train", "--out", str(tmp_path), "--resume", "--steps", "8")
+    assert "steps was 4, now 8, but the cosine of the learning rate ends at the first" in longer.output
+
+
+def test_a_run_that_an_alarm_stopped_goes_on_as_it_advises(tmp_path: Path) -> None:
+    assert train("maml", tmp_path, "--limit", "1e-9").exit_code == 2
+    on = call("train", "--out", str(tmp_path), "--resume", "--alarm", "skip")
+    assert "Ended after step 4" in on.output
+    assert "4 steps were left out" in on.output
 
 
 def test_a_diverging_run_ends_with_an_error(tmp_path: Path) -> None:

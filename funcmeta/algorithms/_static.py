@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcmeta._check import check_count, check_positive
-from funcmeta._errors import ArgumentError
+from funcmeta._errors import ArgumentError, DivergenceError
 from funcmeta.algorithms._language_model import LanguageModel
 
 
@@ -42,6 +42,7 @@ def train_static(
 
     Raises:
         ArgumentError: a number is out of range, or a text is too short.
+        DivergenceError: in the iterator, no epoch left a model with a finite validation loss.
 
     Examples:
         >>> words = torch.arange(9).repeat(20)
@@ -84,6 +85,10 @@ def _epochs(
             loss = F.cross_entropy(net(validation[:-1], net.start())[0], validation[1:]).item()
         if loss < best:
             best, kept = loss, {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        if epoch == epochs - 1 and kept:
+        if epoch == epochs - 1:
+            if not kept:
+                raise DivergenceError(
+                    "The validation loss of the language model is not finite after any epoch. Lower lr."
+                )
             net.load_state_dict(kept)
         yield loss

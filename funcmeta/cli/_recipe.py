@@ -241,6 +241,8 @@ def _language_model(settings: Settings, folder: Path, ranks: Ranks) -> Recipe:
             f"tasks is '{settings.tasks}', expected pydoc, wikipedia, wikipedia:DUMP or wikitext:FOLDER for "
             f"dynamic_lm. Pass one of them."
         )
+    if settings.dtype == "bfloat16":
+        raise ArgumentError("dtype is 'bfloat16', which does not go with dynamic_lm. Pass float32 or float64.")
     if settings.estimator.partition(":")[0] in ("es", "pes"):
         raise ArgumentError(f"estimator is '{settings.estimator}', which does not go with dynamic_lm. Pass first.")
     corpus = corpus_of(*parts, vocabulary=settings.vocabulary)

@@ -10,7 +10,7 @@ from funcmeta._errors import ArgumentError, DataError
 
 ALGORITHMS = ("maml", "anil", "meta_sgd", "reptile", "meta_lstm", "l2l", "dynamic_lm")
 
-CHANGEABLE = frozenset({"steps", "checkpoint_every", "threads"})
+CHANGEABLE = frozenset({"steps", "checkpoint_every", "threads", "alarm", "limit"})
 """What may differ when a run is resumed; everything else decides what is learned."""
 
 
@@ -111,6 +111,10 @@ def check_resumed(now: Settings, before: Settings) -> None:
         for name, value in asdict(now).items()
         if name not in CHANGEABLE and value != getattr(before, name)
     ]
+    if now.schedule == "cosine" and now.steps != before.steps:
+        changed.append(
+            f"steps was {before.steps}, now {now.steps}, but the cosine of the learning rate ends at the first"
+        )
     if changed:
         raise ArgumentError(
             f"The run was begun with other settings: {'; '.join(changed)}. Resume it without them (only "

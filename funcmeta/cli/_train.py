@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from funcmeta import rng, training, tree
 from funcmeta._errors import ArgumentError, DataError
 from funcmeta.cli._recipe import Recipe, recipe
-from funcmeta.cli._settings import Settings, check_resumed, settings, text
+from funcmeta.cli._settings import Settings, check_resumed, read, settings, text
 from funcmeta.training import Alarm, Fitted, Folder, Mean, Validation, _tree_file, evaluate, fit, load, progress, report
 from funcmeta.training._ranks import Ranks
 
@@ -33,7 +34,7 @@ def train(
     """
     began, kept = time.perf_counter(), out / CONFIG
     resumed = resume and kept.exists()
-    told = settings(given, kept if resumed else config)
+    told = settings({**({} if config is None else read(config)), **given}, kept if resumed else None)
     if resumed:
         check_resumed(told, settings({}, kept))
     with _processes() as ranks, ExitStack() as watching:
@@ -147,7 +148,7 @@ def _processes() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(hours=12))  # one of them may train a model first
     try:
         yield Ranks.here()
     finally:

@@ -22,6 +22,9 @@ from funcmeta.learned._rnnprop import rnnprop
 
 VERSION = "1"
 
+SMALL = 1000
+"""An integer in a configuration that may be larger than the number of weights: no width or depth of it hurts."""
+
 _KINDS: dict[str, Callable[..., LearnedOptimizer]] = {
     "linear": linear,
     "lstm": lstm,
@@ -131,10 +134,10 @@ def _made(
         )
     try:
         config = json.loads(about.get("config", ""))
-        most = sum(tensor.numel() for tensor in tensors.values())
+        most = max(SMALL, sum(tensor.numel() for tensor in tensors.values()))
         for name, value in config.items():
             if isinstance(value, int) and value > most and make is None:  # a width, or a number of layers
-                raise ValueError(f"{name} is {value}, but there are {most} weights")
+                raise ValueError(f"{name} is {value}, expected at most {most} for so few weights")
         with torch.random.fork_rng(devices=[]), torch.device(device):  # the initial weights are replaced
             return maker(**config)
     except (TypeError, ValueError, AttributeError, RuntimeError, RecursionError, OverflowError) as error:

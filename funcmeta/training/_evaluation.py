@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcmeta import rng
 from funcmeta._check import check_count
-from funcmeta._errors import ArgumentError
+from funcmeta._errors import ArgumentError, NonFiniteError
 from funcmeta._typing import Meta
 from funcmeta.tasks import Sampler, Streams
 from funcmeta.training._objective import Objective, Score, objective
@@ -133,12 +133,31 @@ def check_score(name: str, score: Any) -> None:
         raise ArgumentError(f"{name} is {score!r}, expected a function (predict, task) → number, or None. Pass one.")
 
 
-def judged(objective: Objective, meta: Meta, number: int, score: Score | None, seed: int, ranks: Ranks) -> Evaluation:
-    """The tasks are shared among the processes, each of which returns the scores of all."""
-    own = [
-        objective.judge(meta, index, rng.fold(seed, 1, index), score)
-        for index in range(ranks.rank, number, ranks.number)
-    ]
+def judged(
+    objective: Objective,
+    meta: Meta,
+    number: int,
+    score: Score | None,
+    seed: int,
+    ranks: Ranks,
+    *,
+    forgiving: bool = False,
+) -> Evaluation:
+    """The tasks are shared among the processes, each of which returns the scores of all.
+
+    With ``forgiving`` a task whose training is not finite has the score NaN.
+    """
+
+    def score_of(index: int) -> float:
+        try:
+            return objective.judge(meta, index, rng.fold(seed, 1, index), score)
+        except NonFiniteError:
+            if not forgiving:
+                raise
+            return math.nan
+
+    own = [score_of(index) for index in range(ranks.rank, number, ranks.number)]
     parts = ranks.gathered(own)
-    scores = torch.tensor([parts[index % ranks.number][index // ranks.number] for index in range(number)]).double()
+    shared = [parts[index % ranks.number][index // ranks.number] for index in range(number)]
+    scores = torch.tensor(shared, dtype=torch.float64)
     return Evaluation(scores, Mean.of(scores))

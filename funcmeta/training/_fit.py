@@ -178,7 +178,7 @@ def _loop(
         records.append(record)
         if run.ranks.rank == 0:
             if store:
-                store.note([record])
+                store.note(record)
             for each in watch:
                 each(record)
 
@@ -198,6 +198,7 @@ def _loop(
         if run.validation and (run.step % run.validation.every == 0 or run.step == steps):
             record = run.validated(record)
         note(record)
+        run.stop_if_told(record)
         if run.step == 1 and store:
             encode(run.saved([lane.carry for lane in run.lanes]))
         if store and store.is_due(run.step):

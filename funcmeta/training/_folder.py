@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,8 @@ class Folder(NamedTuple):
     """Where a run is kept, and how it is taken up again.
 
     ``checkpoints/step-*.safetensors`` hold all that a run needs to go on, ``log.jsonl`` has a line for every step, and
-    ``meta.safetensors`` is what was learned. Each file is there whole or not at all.
+    ``meta.safetensors`` is what was learned. Each file is there whole or not at all, but for
+    the log, to which lines are added.
 
     Attributes:
         path: the folder; it is made.
@@ -107,11 +107,11 @@ class Store:
 
     def save(self, step: int, tree: Any) -> None:
         """Write a checkpoint and remove those that are too many."""
-        for stale in self._checkpoints.glob(".step-*"):  # what a killed process left half-written
-            stale.unlink(missing_ok=True)
         _tree_file.write(self._checkpoints / f"step-{step:08d}.safetensors", "checkpoint", tree)
-        for old in self._found()[self._folder.keep :]:
-            old.unlink(missing_ok=True)
+        half = list(self._checkpoints.glob(".step-*"))  # what a killed process left
+        with _tree_file.reported(self._checkpoints):
+            for path in [*half, *self._found()[self._folder.keep :]]:
+                path.unlink(missing_ok=True)
 
     def finish(self, meta: Any) -> None:
         """Write what was learned."""
@@ -124,9 +124,9 @@ class Store:
         _tree_file.put(self._log, "".join(_line(each) for each in records).encode())
         return records
 
-    def note(self, records: Iterable[Record]) -> None:
-        """Add lines to the log."""
-        _tree_file.append(self._log, "".join(_line(each) for each in records).encode())
+    def note(self, record: Record) -> None:
+        """Add a line to the log."""
+        _tree_file.append(self._log, _line(record).encode())
 
     def _found(self) -> list[Path]:
         return sorted(self._checkpoints.glob("step-*.safetensors"), reverse=True)

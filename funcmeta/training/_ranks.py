@@ -73,7 +73,8 @@ class Averaged:
         self._inner, self._ranks = _Loss(objective, meta), ranks
         self._outer: nn.Module = self._inner
         if ranks.number > 1:
-            self._outer = DistributedDataParallel(self._inner, find_unused_parameters=objective.may_leave_out(meta))
+            with ranks.together():
+                self._outer = DistributedDataParallel(self._inner, find_unused_parameters=objective.may_leave_out(meta))
 
     def __call__(self, batch: Any, seed: int, carry: Any) -> tuple[Tensor, Any, str | None]:
         """The loss of this process's part, its carry, and what is not finite in it.

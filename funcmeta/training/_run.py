@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import rng, tree
-from funcmeta._errors import ArgumentError, DivergenceError
+from funcmeta._errors import ArgumentError, DivergenceError, NonFiniteWarning
 from funcmeta._typing import Meta
 from funcmeta.training._carries import Spread
 from funcmeta.training._evaluation import Validation, judged
@@ -130,7 +131,8 @@ class Run:
             self._update()
         else:
             self.alarms, self._in_a_row = self.alarms + 1, self._in_a_row + 1
-            self._trouble(alarm)
+            if self._plan.alarm.action == "lower":
+                self._factor /= 2
         if self._scheduler:
             self._scheduler.step()
         return Record(self.step, finite(loss), finite(norm), rate, time.perf_counter() - began, alarm)
@@ -139,19 +141,33 @@ class Run:
         """The record with the score on held-out tasks; the best meta is kept."""
         plan = self.validation
         assert plan is not None
-        mean = judged(self._aim, tree.detach(self.meta), plan.number, plan.score, self._plan.seed, self.ranks).mean
+        mean = judged(
+            self._aim, tree.detach(self.meta), plan.number, plan.score, self._plan.seed, self.ranks, forgiving=True
+        ).mean
         score = mean.value
         better = self.best is None or ((score > self.best.score) is plan.higher_is_better and score != self.best.score)
         if better and math.isfinite(score):
             self.best, self._stale = _Best(score, self.step, tree.map(torch.clone, tree.detach(self.meta))), 0
         else:
             self._stale += 1
+        if not math.isfinite(score):
+            warnings.warn(
+                f"The validation after step {self.step} is not finite: there are tasks whose training diverges. It "
+                f"counts as no better than those before.",
+                NonFiniteWarning,
+                stacklevel=2,
+            )
+            return record
         return record._replace(validation=mean)
 
     def learned(self) -> Meta:
         """A copy of the best meta that validation saw; of the present one without validation."""
         found = self.meta if self.best is None else self.best.meta
-        return tree.map(lambda leaf, own: leaf.detach().clone().requires_grad_(own.requires_grad), found, self.meta)
+
+        def copy(leaf: Tensor, own: Tensor) -> Tensor:
+            return leaf.detach().to(own.device, copy=True).requires_grad_(own.requires_grad)
+
+        return tree.map(copy, found, self.meta)
 
     def carries(self) -> list[Any]:
         """The carries of all processes, lane by lane; every process has to ask."""
@@ -206,6 +222,7 @@ class Run:
             "accumulate": self._plan.accumulate,
             "clip": self._plan.clip,
             "optimizer": type(self._optimizer).__name__,
+            "rates": [float(group.get("initial_lr", group["lr"])) for group in self._optimizer.param_groups],
             "scheduler": self._scheduler and type(self._scheduler).__name__,
         }
 
@@ -229,7 +246,9 @@ class Run:
                 self._next(lane)
         trouble = None
         norm = torch.nn.utils.clip_grad_norm_(self._learned, self._plan.clip or math.inf).item()
-        if not math.isfinite(norm):
+        if not math.isfinite(total):
+            trouble = "The meta-loss is not finite."
+        elif not math.isfinite(norm):
             trouble = "The meta-gradient is not finite."
         elif norm > self._plan.alarm.limit:
             trouble = f"The meta-gradient has the norm {norm:.3g}, above the limit of {self._plan.alarm.limit:g}."
@@ -269,11 +288,11 @@ class Run:
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def _trouble(self, alarm: str) -> None:
-        if self._plan.alarm.action == "stop" or self._in_a_row >= HOPELESS:
+    def stop_if_told(self, record: Record) -> None:
+        """Raise where the alarm says stop, or has sounded in too many steps in a row."""
+        if record.alarm and (self._plan.alarm.action == "stop" or self._in_a_row >= HOPELESS):
             raise DivergenceError(
-                f"Outer step {self.step}: {alarm} It is alarm {self.alarms} of this run. Lower the outer or inner "
-                f"learning rate, or clip; or pass alarm=Alarm('skip') or Alarm('lower') to go on without such steps."
+                f"Outer step {self.step}: {record.alarm} It is alarm {self.alarms} of this run. Lower the outer or "
+                f"inner learning rate, or clip; or pass alarm=Alarm('skip') or Alarm('lower') (--alarm) to go on "
+                f"without such steps."
             )
-        if self._plan.alarm.action == "lower":
-            self._factor /= 2

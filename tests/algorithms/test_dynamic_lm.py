@@ -397,6 +397,14 @@ def test_static_training_keeps_the_epoch_that_was_best() -> None:
     assert F.cross_entropy(scores, held_out[1:]).item() == pytest.approx(min(losses), abs=1e-5)
 
 
+def test_static_training_that_diverges() -> None:
+    net, words = dynamic_lm.LanguageModel(WORDS, 2), torch.zeros(40, dtype=torch.int64)
+    with torch.no_grad():
+        net.decoder.bias.fill_(math.nan)
+    with pytest.raises(fm.DivergenceError, match=r"not finite after any epoch\. Lower lr"):
+        list(dynamic_lm.train_static(net, words, words, epochs=1))
+
+
 def test_static_training_needs_a_text() -> None:
     net, words = dynamic_lm.LanguageModel(WORDS, 2), torch.zeros(40, dtype=torch.int64)
     with pytest.raises(fm.ArgumentError, match="the texts have 40 and 1 words, expected at least 32 and 2"):

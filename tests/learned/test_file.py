@@ -111,7 +111,7 @@ GOOD = {"funcmeta": "1", "kind": "linear", "config": json.dumps({"gradient": -0.
         (
             {"weight": torch.ones(2)},
             {"kind": "lstm", "config": '{"layers": 1000000000}'},
-            "no 'lstm' can be made: layers is 1000000000, but there are 2 weights",
+            "no 'lstm' can be made: layers is 1000000000, expected at most 1000 for so few weights",
         ),
         (
             {"weight": torch.ones(30_000)},

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from training_cases import KINDS, Case, adam, few_shot, squared, windows
+from training_cases import KINDS, Case, Point, adam, few_shot, quadratic, squared, start, windows
 
 import funcmeta as fm
-from funcmeta.algorithms import maml
+from funcmeta.algorithms import l2l, maml
 from funcmeta.training import Alarm, Folder, Mean, Record, Validation, evaluate, fit, load
 
 TASKS = fm.tasks.sinusoids()
@@ -214,8 +214,11 @@ def spoiled(at: set[int], value: float = math.inf) -> Any:
 
 
 def test_an_alarm_stops() -> None:
-    with pytest.raises(fm.DivergenceError, match=r"Outer step 3: The meta-gradient is not finite\. .*Alarm\('skip'\)"):
+    with pytest.raises(fm.DivergenceError, match=r"Outer step 3: The meta-loss is not finite\. .*Alarm\('skip'\)"):
         fit(spoiled({2}), TASKS, sgd, steps=5)
+    root = down()._replace(loss=lambda meta, tasks, seed=0: (0 * meta).sqrt() + 0 * tasks.support[0].sum())
+    with pytest.raises(fm.DivergenceError, match=r"Outer step 1: The meta-gradient is not finite"):
+        fit(root, TASKS, sgd, steps=5)
 
 
 def test_an_alarm_leaves_steps_out() -> None:
@@ -248,6 +251,47 @@ def test_an_inner_run_that_is_not_finite_is_an_alarm_that_names_the_step() -> No
         fit(algorithm, TASKS, adam, steps=2)
     fitted = fit(algorithm, TASKS, adam, steps=2, alarm=Alarm("skip"))
     assert fitted.alarms == 2
+
+
+def test_a_loss_that_is_not_finite_is_an_alarm_though_its_gradient_is() -> None:
+    algorithm = down()._replace(loss=lambda meta, tasks, seed=0: meta + 0 * tasks.support[0].sum() + math.nan)
+    with pytest.raises(fm.DivergenceError, match="The meta-loss is not finite"):
+        fit(algorithm, TASKS, sgd, steps=3)
+
+
+def test_the_alarm_that_ends_a_run_is_in_its_log(tmp_path: Path) -> None:
+    with pytest.raises(fm.DivergenceError):
+        fit(spoiled({1}), TASKS, sgd, steps=5, folder=Folder(tmp_path))
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["alarm"]) == (2, "The meta-loss is not finite.")
+
+
+def test_a_validation_that_diverges_is_no_better_and_ends_nothing(tmp_path: Path) -> None:
+    def score(predict: Any, task: fm.Task) -> float:
+        if predict < 2:
+            raise fm.NonFiniteError("The inner loss of step 3 is nan.")
+        return float(predict)
+
+    held_out = Validation(TASKS, every=1, number=2, score=score, patience=2)
+    with pytest.warns(fm.NonFiniteWarning, match="The validation after step 2 is not finite"):
+        fitted = fit(down(), TASKS, sgd, steps=9, validation=held_out, folder=Folder(tmp_path))
+    assert (fitted.ended, fitted.step, fitted.meta.item()) == ("patience", 3, 2)
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()
+    with pytest.raises(fm.NonFiniteError):
+        evaluate(down(), torch.tensor(1.0), TASKS, number=2, score=score)
+
+
+def test_scores_are_kept_in_full() -> None:
+    found = evaluate(down(), torch.tensor(1.0), TASKS, number=2, score=lambda predict, task: 1 / 3)
+    assert found.scores.tolist() == [1 / 3, 1 / 3]
+
+
+def test_a_learned_optimizer_that_diverges_has_no_part_of_a_score() -> None:
+    with fm.rng.forked(0):
+        wild = fm.learned.linear(gradient=100.0)
+    algorithm = l2l.build(wild, Point(), quadratic, steps=40, window=4, start=start, strategy="vmap", nonfinite="skip")
+    with pytest.raises(fm.NonFiniteError):
+        evaluate(algorithm, algorithm.init(), fm.tasks.quadratics(), number=2)
 
 
 def test_alarms_are_resumed(tmp_path: Path) -> None:
@@ -311,6 +355,14 @@ def test_a_run_is_resumed_as_it_was_begun(tmp_path: Path) -> None:
     resumed = Folder(tmp_path, resume=True)
     with pytest.raises(fm.ArgumentError, match="other settings: seed 0, now 1; batch_size 4, now 8"):
         run(plain(), folder=resumed, seed=1, batch_size=8)
+    with pytest.raises(fm.ArgumentError, match=r"other settings: rates \[0.01\], now \[0.5\]"):
+        fit(
+            plain().algorithm,
+            TASKS,
+            lambda meta: torch.optim.Adam(meta["params"].values(), 0.5),
+            steps=9,
+            folder=resumed,
+        )
     with pytest.raises(fm.ArgumentError, match="optimizer 'Adam', now 'SGD'"):
         fit(plain().algorithm, TASKS, lambda meta: torch.optim.SGD(meta["params"].values()), steps=9, folder=resumed)
     other = maml.build(nn.Linear(1, 1), squared, steps=1, lr=0.1, strategy="vmap")
