@@ -81,6 +81,12 @@ def _members(archive: Path, ending: re.Pattern[str]) -> Found:
         if len(members) > MOST_MEMBERS:
             raise DataError(f"{archive} holds {len(members)} members, expected at most {MOST_MEMBERS}. Unpack it.")
         for info in members:
+            parts = re.split(r"[/\\]", info.filename)
+            if parts[0] == "" or parts[0].endswith(":") or ".." in parts:
+                raise DataError(
+                    f"{archive} has a member {info.filename!r}, whose path leads out of the zip. It is not what was "
+                    f"published; get it anew."
+                )
             match = ending.search(info.filename)
             if match:
                 yield match.groups(), info.file_size, partial(_unpacked, opened, info)

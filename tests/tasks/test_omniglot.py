@@ -127,7 +127,6 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
         "__MACOSX/images_background/Latin/character01/._0001_01.png": b"fork",
         "images_background/Latin/character01/notes.txt": b"notes",
         "images_background/Latin/drawing/0001_01.png": b"",
-        "../../images_background/readme": b"outside",
     }
     path = write_zip(tmp_path / "images_background.zip", files | foreign)
     assert len(tasks.omniglot(path, ways=1, queries=1).classes) == 1
@@ -328,13 +327,22 @@ def test_a_zip_that_is_large_or_has_many_members_is_refused(tmp_path: Path, monk
         tasks.omniglot(path, ways=1)
 
 
-def test_nothing_is_written_where_a_member_says(tmp_path: Path) -> None:
-    """A path that leads out of the archive is a name like any other, as nothing is extracted."""
+@pytest.mark.parametrize(
+    "outside",
+    [
+        "../../Greek/character01/0001_01.png",
+        "/tmp/Greek/character01/0001_01.png",
+        "a\\..\\..\\x.png",
+        "C:\\x.png",
+        "a/..",
+    ],
+)
+def test_a_member_that_leads_out_of_the_zip_is_refused(outside: str, tmp_path: Path) -> None:
+    """Whether or not the member is one that would be read; and nothing is written."""
     (tmp_path / "data").mkdir()
-    outside = "../../Greek/character01/0001_01.png"
-    files = {outside: png(drawing(1)), "/tmp/Latin/character01/0001_01.png": png(drawing(2))}
-    path = write_zip(tmp_path / "data" / "images_background.zip", files)
-    assert tasks.omniglot(path, ways=1, queries=0).classes == (("Greek", "character01"), ("Latin", "character01"))
+    path = write_zip(tmp_path / "data" / "images_background.zip", {**background({"Latin": 2}), outside: b"x"})
+    with pytest.raises(DataError, match=r"has a member .* whose path leads out of the zip\. .* get it anew"):
+        tasks.omniglot(path, ways=1, queries=0)
     assert [each.name for each in tmp_path.rglob("*")] == ["data", "images_background.zip"]
 
 
