@@ -22,6 +22,14 @@ def check_count(name: str, value: Any, *, least: int = 1, or_none: bool = False,
     return value
 
 
+def check_flag(name: str, value: Any, *, or_none: bool = False) -> Any:
+    """The value itself when it is True or False (or None), else ``ArgumentError``: any text would count as True."""
+    if not isinstance(value, bool) and not (or_none and value is None):
+        wanted = "True, False or None" if or_none else "True or False"
+        raise ArgumentError(f"{name} is {value!r}, expected {wanted}. Pass one of them.")
+    return value
+
+
 def check_positive(name: str, value: Any) -> float:
     """The value itself when it is a positive finite number, else ``ArgumentError``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:

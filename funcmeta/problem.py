@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from funcmeta import rng, tree
+from funcmeta._check import check_flag
 from funcmeta._errors import ArgumentError
 from funcmeta._gradient import value_and_grad
 from funcmeta._typing import Batch, Buffers, Meta, Params, Tree
@@ -164,6 +165,7 @@ def inner_problem(
     Source: the inner loop of Finn et al. (2017), "Model-Agnostic Meta-Learning"; trajectory losses as in
     Andrychowicz et al. (2016), equation 3.
     """
+    check_flag("train", train, or_none=True)
     model, own_params, own_buffers = functionalize(module)
     for name, value, optional in (
         ("loss_fn", loss_fn, False),

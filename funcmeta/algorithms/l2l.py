@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funcmeta import rng, tree
-from funcmeta._check import check_choice, check_count
+from funcmeta._check import check_choice, check_count, check_flag
 from funcmeta._errors import ArgumentError, NonFiniteError, NonFiniteWarning, StructureError
 from funcmeta._typing import Meta, Params
 from funcmeta.algorithms._algorithm import Adapt, MetaLoss
@@ -158,6 +158,7 @@ def build(
     learning to optimize"; random horizons: Metz et al. (2019), section 3.3.
     """
     check_count("window", window, advice="Pass e.g. window=20.")
+    check_flag("learn_start", learn_start)
     check_choice("nonfinite", nonfinite, ("raise", "skip"))
     if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 <= scaling < 20:
         raise ArgumentError(f"scaling is {scaling!r}, expected a number in [0, 20). Pass e.g. scaling=3.0.")

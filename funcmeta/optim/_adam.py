@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funcmeta._check import check_flag
 from funcmeta._typing import Hyper, Tree
 from funcmeta.optim._hyper import Hypers, Values, blend, pair, safe_sqrt
 from funcmeta.optim._rule import per_tensor, zeros
@@ -60,6 +61,7 @@ def adam(
 
     Source: Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1; torch.optim.Adam.
     """
+    check_flag("amsgrad", amsgrad)
     beta1, beta2 = pair(betas)
     hypers = Hypers(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from funcmeta._check import check_flag
 from funcmeta._typing import Hyper, Tree
 from funcmeta.optim._hyper import Hypers, Values, blend, safe_sqrt
 from funcmeta.optim._rule import per_tensor, zeros
@@ -57,6 +58,7 @@ def rmsprop(
 
     Source: Tieleman and Hinton 2012 (lecture 6.5); Graves 2013 (arXiv:1308.0850), equation 38; torch.optim.RMSprop.
     """
+    check_flag("centered", centered)
     hypers = Hypers(lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
     heavy = hypers.uses("momentum")
 

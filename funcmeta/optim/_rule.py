@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
+from funcmeta._check import check_flag
 from funcmeta._errors import StructureError
 from funcmeta._typing import Tree
 from funcmeta.optim._hyper import Hypers, Value, Values
@@ -64,6 +65,8 @@ def per_tensor(
     hyper-parameters of its own. A ``weight_decay`` among these is added here, to the gradient or (``decoupled``) to the
     update. Everything returned has the dtype that went in, whatever the hyper-parameters are promoted to.
     """
+    check_flag("maximize", maximize)
+    check_flag("decoupled_weight_decay", decoupled)
     slots = slots or {}
     counted = counted or hypers.scheduled
     if hypers.uses("weight_decay"):

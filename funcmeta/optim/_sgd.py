@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funcmeta._check import check_flag
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Hyper, Tree
 from funcmeta.optim._hyper import Hypers, Values, double
@@ -59,6 +60,7 @@ def sgd(
 
     Source: torch.optim.SGD; Sutskever et al. 2013 (Proceedings of ICML) for Nesterov's variant.
     """
+    check_flag("nesterov", nesterov)
     hypers = Hypers(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
     heavy = hypers.uses("momentum")
     damped = heavy and hypers.uses("dampening")

@@ -254,3 +254,34 @@ def test_a_double_hyper_parameter_with_entries_keeps_the_dtype() -> None:
     (mine, state), (other, _) = (updated(optim.adam(weight_decay=each), params, params) for each in (decay, 0.5))
     assert mine["w"].dtype == state.exp_avg["w"].dtype == torch.float32
     torch.testing.assert_close(mine["w"], other["w"])
+
+
+@pytest.mark.parametrize("value", ["no", 1, None, torch.tensor(True)])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda value: fm.optim.sgd(0.1, maximize=value), "maximize"),
+        (lambda value: fm.optim.lion(0.1, maximize=value), "maximize"),
+        (lambda value: fm.optim.sgd(0.1, momentum=0.9, nesterov=value), "nesterov"),
+        (lambda value: fm.optim.rmsprop(0.1, centered=value), "centered"),
+        (lambda value: fm.optim.adam(0.1, amsgrad=value), "amsgrad"),
+        (lambda value: fm.optim.adam(0.1, decoupled_weight_decay=value), "decoupled_weight_decay"),
+        (lambda value: fm.optim.nadam(0.1, decoupled_weight_decay=value), "decoupled_weight_decay"),
+    ],
+)
+def test_a_flag_is_true_or_false(make: Any, name: str, value: Any) -> None:
+    """A text such as "no" counts as True, so that descent became ascent."""
+    with pytest.raises(fm.ArgumentError, match=f"{name} is .*, expected True or False"):
+        make(value)
+
+
+def test_modes_are_flags_too() -> None:
+    net = torch.nn.Linear(1, 1)
+    with pytest.raises(fm.ArgumentError, match="train is 'yes', expected True, False or None"):
+        fm.inner_problem(
+            net, lambda meta, predict, batch: predict(batch).sum(), optimizer=fm.optim.sgd(0.1), train="yes"
+        )
+    with pytest.raises(fm.ArgumentError, match="learn_start is 'no', expected True or False"):
+        fm.l2l.build(
+            fm.learned.linear(), net, lambda meta, predict, batch: predict(batch).sum(), steps=4, learn_start="no"
+        )
