@@ -4,11 +4,21 @@ import math
 from collections.abc import Collection
 from os import fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from funcmeta._errors import ArgumentError
+
+_LARGEST = 2**63 - 1
+"""The largest integer that torch takes."""
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether this is a Python number that torch can compute with."""
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    )
 
 
 def check_count(name: str, value: Any, *, least: int = 1, or_none: bool = False, advice: str = "") -> Any:
@@ -19,6 +29,10 @@ def check_count(name: str, value: Any, *, least: int = 1, or_none: bool = False,
         kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
         wanted = kind + (" or None" if or_none else "")
         raise ArgumentError(f"{name} is {value!r}, expected {wanted}. {advice or f'Pass a larger {name}.'}")
+    if value > _LARGEST:
+        raise ArgumentError(
+            f"{name} is at least 2**63, expected an integer that torch can count to. Pass a smaller one."
+        )
     return value
 
 
@@ -32,14 +46,14 @@ def check_flag(name: str, value: Any, *, or_none: bool = False) -> Any:
 
 def check_positive(name: str, value: Any) -> float:
     """The value itself when it is a positive finite number, else ``ArgumentError``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ArgumentError(f"{name} is {value!r}, expected a positive number. Pass e.g. {name}=0.1.")
     return value
 
 
 def check_fraction(name: str, value: Any) -> float:
     """The value itself when it lies in [0, 1), else ``ArgumentError``."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise ArgumentError(f"{name} is {value!r}, expected a number in [0, 1). Pass e.g. {name}=0.9.")
     return value
 

@@ -16,8 +16,18 @@ from funcmeta.problem import Problem
 from funcmeta.tasks import Task
 
 
-def check_arguments(meta: Meta, task: Task, steps: int, seed: int, estimator: Estimator, memory: Memory) -> None:
+def check_arguments(
+    problem: Problem, meta: Meta, task: Task, steps: int, seed: int, estimator: Estimator, memory: Memory
+) -> None:
     """Raise unless an unroll can begin with these arguments."""
+    if not isinstance(problem, Problem):
+        raise ArgumentError(
+            f"problem is a {type(problem).__name__}, expected a Problem. Pass Problem(init, step, meta_loss) or what "
+            f"inner_problem returns."
+        )
+    for name, part in zip(problem._fields, problem, strict=True):
+        if not callable(part) and (part is not None or name != "meta_loss"):
+            raise ArgumentError(f"problem.{name} is {part!r}, expected a function. Pass one.")
     rng.check_seed(seed)
     if torch.is_inference_mode_enabled():
         raise ArgumentError("An unroll takes gradients, which torch.inference_mode forbids. Use torch.no_grad() there.")

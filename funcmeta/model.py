@@ -1,7 +1,7 @@
 """A module as a pure function of its parameters, its buffers and its inputs."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -111,6 +111,11 @@ class FunctionalModel:
             ("params", params, self._shapes.keys()),
             ("buffers", buffers, self._buffer_names),
         ):
+            if not isinstance(got, Mapping) or not all(isinstance(each, Tensor) for each in got.values()):
+                raise StructureError(
+                    f"{what} is a {type(got).__name__}, expected a dict of tensors by name. Pass what "
+                    f"functionalize(module) returned."
+                )
             if got.keys() != expected:
                 raise StructureError(
                     f"{what} lacks {sorted(expected - got.keys())} and has unexpected {sorted(got.keys() - expected)}; "

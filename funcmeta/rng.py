@@ -17,6 +17,8 @@ def fold(seed: int, *numbers: int) -> int:
     """
     state = _mix(check_seed(seed))
     for number in numbers:
+        if not isinstance(number, int):
+            raise ArgumentError(f"numbers are {numbers!r}, expected integers. Pass e.g. the index of a step.")
         state = _mix(state ^ (number & _MASK))
     return state >> 1
 

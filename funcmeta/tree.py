@@ -191,7 +191,8 @@ def detach(tree: Tree) -> Tree:
 def describe(leaf: Any) -> str:
     """A leaf in words for an error message: ``float32[3, 4] on cpu``."""
     if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
+        layout = "" if leaf.layout is torch.strided else f"{str(leaf.layout).removeprefix('torch.')} "
+        return f"{layout}{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
     return f"{leaf!r} ({type(leaf).__name__})"
 
 

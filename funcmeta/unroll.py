@@ -174,7 +174,7 @@ def run(
 
     A ``trial`` asks neither whether losses are finite nor whether ``meta`` and every leaf of it are used.
     """
-    check_arguments(meta, task, steps, seed, estimator, memory)
+    check_arguments(problem, meta, task, steps, seed, estimator, memory)
     check_carry(carry)
     start = carry.step if carry else 0
     if memory.replays and callable(task.support) and steps:

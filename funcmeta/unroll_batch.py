@@ -76,7 +76,7 @@ def unroll_batch(
         raise ArgumentError(f"strategy is {strategy!r}, expected 'auto', 'vmap' or 'loop'. Pass one of them.")
     if not isinstance(tasks, Task):
         raise ArgumentError(f"tasks is a {type(tasks).__name__}, expected one Task with stacked tensors. Stack them.")
-    check_arguments(meta, tasks, steps, seed, estimator, memory)
+    check_arguments(problem, meta, tasks, steps, seed, estimator, memory)
     check_carry(carry)
     start = carry.step if carry else 0
     first = tasks.support(start) if callable(tasks.support) else tasks.support

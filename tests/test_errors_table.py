@@ -199,7 +199,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
         lambda: optim.sgd(0.1).update({"w": torch.ones(3), "b": torch.ones(1)}, optim.sgd(0.1).init(PARAMS), PARAMS),
         fm.StructureError,
         "a gradient is float32[3] on cpu, but its parameter is float32[2] on cpu",
-        "Pass one gradient of the same shape",
+        "Pass one dense gradient of the same shape",
     ),
     "chain of a function": (
         lambda: fm.chain(len),

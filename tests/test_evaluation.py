@@ -162,7 +162,7 @@ def test_one_that_diverges_changes_no_other_where_a_module_draws(strategy: str) 
         ({"optimizers": {"a": 3}}, r"optimizers\['a'\] is 3, expected a LearnedOptimizer, a Transform, or a function"),
         ({"courses": {"c": COURSE._replace(steps=0)}}, r"courses\['c'\]\.steps is 0, expected a positive integer"),
         ({"strategy": "auto"}, "strategy is 'auto', expected one of"),
-        ({"rates": ()}, r"rates are \[\], expected positive floats"),
+        ({"rates": ()}, r"rates are \(\), expected positive floats"),
         ({"rates": (0.1, -1.0)}, "expected positive floats"),
         ({"tasks": 0}, "tasks is 0, expected a positive integer"),
         ({"tuning_tasks": 1.5}, "tuning_tasks is 1.5"),

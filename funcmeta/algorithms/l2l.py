@@ -20,6 +20,7 @@ from funcmeta.learned import LearnedOptimizer, as_transform
 from funcmeta.memory import Memory, StoreAll
 from funcmeta.model import functionalize, init_params
 from funcmeta.optim import Transform
+from funcmeta.optim._transform import check_transform
 from funcmeta.problem import InnerLoss, Predict, Problem, inner_problem
 from funcmeta.tasks import Task
 from funcmeta.unroll import Carry, unroll
@@ -132,8 +133,8 @@ def build(
         ``L2L``; its meta is ``{"optimizer": ...}``, with "params" where the start is learned.
 
     Raises:
-        ArgumentError: ``optimizer`` is no LearnedOptimizer; steps, window or scaling out of range; a module without
-            ``reset_parameters`` and no ``start``.
+        ArgumentError: ``optimizer`` is no LearnedOptimizer, ``teacher`` no Transform or ``start`` no function; steps,
+            window or scaling out of range; a module without ``reset_parameters`` and no ``start``.
 
     Examples:
         >>> class Point(nn.Module):
@@ -166,6 +167,10 @@ def build(
         raise ArgumentError(
             f"optimizer is a {type(optimizer).__name__}, expected a LearnedOptimizer. Pass funcmeta.learned.lstm()."
         )
+    if start is not None and not callable(start):
+        raise ArgumentError(f"start is {start!r}, expected a function from a seed to parameters. Pass one, or None.")
+    if teacher is not None:
+        check_transform(teacher)
     length_of = _length(steps)
     drawn = None if learn_start else start or fresh_start(module)
     names = {"optimizer", "params"} if learn_start else {"optimizer"}

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from funcmeta._errors import ArgumentError
+from funcmeta._check import check_positive
 from funcmeta._typing import Meta
 from funcmeta.algorithms._algorithm import Algorithm, inner_loop
 from funcmeta.estimators import Estimator, Reverse
@@ -59,8 +59,7 @@ def build(
 
     Source: Li et al. (2017), "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", algorithm 1.
     """
-    if not lr > 0:
-        raise ArgumentError(f"lr is {lr!r}, expected a positive number, the initial learning rate. Pass e.g. lr=0.1.")
+    check_positive("lr", lr)
 
     def init() -> Meta:
         params = init_params(module)

@@ -115,19 +115,28 @@ def evaluate_optimizers(
 
     Source: this library; tuning each baseline as Andrychowicz et al. (2016), section 3.
     """
+    for what, named in (("optimizers", optimizers), ("courses", courses), ("baselines", baselines)):
+        if not isinstance(named, Mapping):
+            raise ArgumentError(f"{what} is a {type(named).__name__}, expected a dict by name. Pass {{'a name': ...}}.")
     entrants = {**optimizers, **baselines}
     if not optimizers or not courses or len(entrants) != len(optimizers) + len(baselines):
         raise ArgumentError(
             f"optimizers are {sorted(optimizers)}, baselines {sorted(baselines)}, courses {sorted(courses)}, expected "
             f"at least one optimizer and one course, and no name twice. Name them apart."
         )
-    if not rates or not all(isinstance(rate, float) and 0 < rate < math.inf for rate in rates):
-        raise ArgumentError(f"rates are {list(rates)}, expected positive floats. Pass e.g. rates=(0.001, 0.01, 0.1).")
+    if not isinstance(rates, Sequence) or not (
+        rates and all(isinstance(rate, float) and 0 < rate < math.inf for rate in rates)
+    ):
+        raise ArgumentError(f"rates are {rates!r}, expected positive floats. Pass e.g. rates=(0.001, 0.01, 0.1).")
     check_choice("strategy", strategy, ("vmap", "loop"))
     check_count("tasks", tasks)
     check_count("tuning_tasks", tuning_tasks)
     rows, curves = [], {}
     for place, (name, course) in enumerate(courses.items()):
+        if not isinstance(course, Course):
+            raise ArgumentError(
+                f"courses['{name}'] is {course!r}, expected a Course. Pass Course(module, loss_fn, tasks, steps)."
+            )
         check_count(f"courses['{name}'].steps", course.steps, advice="Pass e.g. steps=100.")
         tuning = course.tasks.sample_batch(rng.fold(seed, place, 0), tuning_tasks)
         held_out = course.tasks.sample_batch(rng.fold(seed, place, 1), tasks)

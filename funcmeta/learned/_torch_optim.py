@@ -99,25 +99,25 @@ class TorchOptimizer(torch.optim.Optimizer):
         """Go on from a state that ``state_dict()`` returned."""
         groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
         sizes = [len(self.param_groups[0]["params"])]
-        if not isinstance(groups, list) or [len(each.get("params", ())) for each in groups] != sizes:
+        if not isinstance(groups, list) or [_size(each) for each in groups] != sizes:
             raise StructureError(
                 f"state_dict has not the param_groups of {sizes[0]} parameters. Load what the same optimizer "
                 f"saved for this module."
             )
-        wanted, kept = tree.leaves(self._fresh()), state_dict.get("state", {})
-        if kept and _KEY not in kept:
+        wanted, kept = tree.leaves(self._fresh()), state_dict.get("state")
+        saved = kept.get(_KEY) if isinstance(kept, Mapping) else None
+        given = saved.get("leaves") if isinstance(saved, Mapping) else None
+        if kept != {} and not (isinstance(given, list) and all(isinstance(leaf, Tensor) for leaf in given)):
             raise StructureError(
-                f"state_dict['state'] has the keys {list(kept)[:5]}, expected '{_KEY}'. Load what the same optimizer "
-                f"saved for this module."
+                f"state_dict['state'] is {_shown(kept)}, expected '{_KEY}' with a list of tensors. "
+                f"Load what the same optimizer saved for this module."
             )
-        if kept:
-            given = [leaf.to(like.device) for leaf, like in zip(kept[_KEY]["leaves"], wanted, strict=False)] + kept[
-                _KEY
-            ]["leaves"][len(wanted) :]
+        if given is not None:
+            moved = [leaf.to(like.device) for leaf, like in zip(given, wanted, strict=False)] + given[len(wanted) :]
             tree.check_same(
-                wanted, given, name="state_dict['state']", advice="Load what the same optimizer saved for this module."
+                wanted, moved, name="state_dict['state']", advice="Load what the same optimizer saved for this module."
             )
-            state_dict = {**state_dict, "state": {_KEY: {"leaves": given}}}
+            state_dict = {**state_dict, "state": {_KEY: {"leaves": moved}}}
         super().load_state_dict(state_dict)
 
     def _params(self) -> dict[str, Tensor]:
@@ -138,6 +138,17 @@ class TorchOptimizer(torch.optim.Optimizer):
     def _kept(self) -> dict[Any, Any]:
         """What torch saves with the optimizer."""
         return self.state
+
+
+def _size(group: Any) -> int | None:
+    """How many parameters a saved group has."""
+    params = group.get("params") if isinstance(group, Mapping) else None
+    return len(params) if isinstance(params, list) else None
+
+
+def _shown(kept: Any) -> str:
+    """What a saved state is, in a few words."""
+    return f"a dict with the keys {list(kept)[:5]}" if isinstance(kept, Mapping) else repr(kept)
 
 
 def _gradient(name: str, param: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 from funcmeta import tree
 from funcmeta._errors import StructureError
 from funcmeta._typing import Hyper, Tree
-from funcmeta.optim._hyper import Hypers, Value, Values, double
-from funcmeta.optim._rule import StepState, check_gradients, per_tensor, step_zero
+from funcmeta.optim._hyper import Hypers, Value, Values, check_reachable, double
+from funcmeta.optim._rule import StepState, check_floating_leaves, check_gradients, per_tensor, step_zero
 from funcmeta.optim._transform import Transform
 
 
@@ -94,6 +94,7 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
     hypers = Hypers(max_norm=max_norm)
 
     def init(params: Tree) -> StepState:
+        check_floating_leaves(params, name="params")
         return StepState(step_zero(tree.leaves(params))) if hypers.scheduled else StepState()
 
     def update(grads: Tree, state: StepState, params: Tree) -> tuple[Tree, StepState]:
@@ -104,7 +105,9 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
                 f"the gradients are on {', '.join(sorted(map(str, devices)))}, but their common norm is computed on "
                 "one device. Use clip_by_norm, or move the parameters to one device."
             )
-        factor = _shrinkage(tree.dot(grads, grads), hypers.single("max_norm", state.step))
+        square, most = tree.dot(grads, grads), hypers.single("max_norm", state.step)
+        check_reachable("max_norm", most, square)
+        factor = _shrinkage(square, most)
         clipped = tree.map(lambda grad: (grad * factor).to(grad.dtype), grads)
         return clipped, StepState(state.step + 1 if hypers.scheduled else ())
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
+from funcmeta._check import is_number
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._typing import Hyper, Tree
 
@@ -66,9 +67,14 @@ class Hypers:
                 shared = {**shared, name: value}
             else:
                 columns[name] = tree.aligned(params, value, name=name)
+                for own, leaf in zip(columns[name], leaves, strict=True):
+                    check_reachable(name, own, leaf)
         for name, value in shared.items():
-            if isinstance(value, Tensor) and value.ndim:
-                columns[name] = [value] * len(leaves)
+            if isinstance(value, Tensor):
+                for leaf in leaves:
+                    check_reachable(name, value, leaf)
+                if value.ndim:
+                    columns[name] = [value] * len(leaves)
         if not columns:
             return shared, []
         rows: list[Values] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -88,6 +94,15 @@ def pair(betas: tuple[Hyper, Hyper]) -> tuple[Hyper, Hyper]:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ArgumentError(f"betas is {betas!r}, expected a pair (beta1, beta2). Pass for example betas=(0.9, 0.999).")
     return betas[0], betas[1]
+
+
+def check_reachable(name: str, value: Value, leaf: Tensor) -> None:
+    """Raise where a hyper-parameter is on another device than the parameter; a single number on the CPU may be."""
+    if isinstance(value, Tensor) and value.device != leaf.device and (value.ndim or not value.is_cpu):
+        raise StructureError(
+            f"{name} is {tree.describe(value)}, but a parameter is {tree.describe(leaf)}. Move it there, or pass a 0-d "
+            "tensor on the CPU."
+        )
 
 
 def blend(old: Tensor, new: Tensor, keep: Value) -> Tensor:
@@ -134,7 +149,7 @@ def _check_type(name: str, hyper: Hyper) -> None:
                 raise StructureError(
                     f"{path} is {tree.describe(leaf)}, expected a floating-point tensor. Convert it with .float()."
                 )
-        elif isinstance(leaf, bool) or not isinstance(leaf, int | float):
+        elif not is_number(leaf):
             raise ArgumentError(
                 f"{path} is {tree.describe(leaf)}, expected a number, a floating-point tensor, a tree of these like "
                 "the parameters, or a callable of the step."

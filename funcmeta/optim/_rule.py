@@ -75,6 +75,8 @@ def per_tensor(
         rule = _climbing(rule)
 
     def values_of(step: Any, params: Tree, leaves: list[Tensor]) -> list[Values]:
+        if not leaves:
+            return []
         shared, own = hypers.resolve(step, params, leaves)
         if not own:
             return [{**shared, **prepare(shared, step)} if prepare else shared] * len(leaves)
@@ -157,24 +159,27 @@ def step_zero(leaves: list[Tensor]) -> Tensor:
 
 
 def check_floating_leaves(params: Tree, *, name: str) -> None:
-    """Raise unless every leaf is a floating-point tensor."""
+    """Raise unless every leaf is a dense floating-point tensor."""
     tree.check_tensors(params, name=name)
     for index, leaf in enumerate(tree.leaves(params)):
-        if not leaf.dtype.is_floating_point:
+        if not leaf.dtype.is_floating_point or leaf.layout is not torch.strided:
             path = tree.named_leaves(params, name)[index][0]
             raise StructureError(
-                f"{path} is {tree.describe(leaf)}, expected a floating-point tensor. Keep other tensors out of it."
+                f"{path} is {tree.describe(leaf)}, expected a dense floating-point tensor. Keep others out of it."
             )
 
 
 def check_gradients(grads: list[Any], params: list[Tensor]) -> None:
     for grad, param in zip(grads, params, strict=True):
         if not (isinstance(grad, Tensor) and isinstance(param, Tensor)) or (
-            grad.shape != param.shape or grad.device != param.device or not grad.dtype.is_floating_point
+            grad.shape != param.shape
+            or grad.device != param.device
+            or not grad.dtype.is_floating_point
+            or grad.layout is not torch.strided
         ):
             raise StructureError(
-                f"a gradient is {tree.describe(grad)}, but its parameter is {tree.describe(param)}. Pass one gradient "
-                "of the same shape on the same device for each parameter; zeros where the loss does not depend on it."
+                f"a gradient is {tree.describe(grad)}, but its parameter is {tree.describe(param)}. Pass one dense "
+                "gradient of the same shape on the same device for each; zeros where the loss does not depend on it."
             )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
+from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._typing import Tree
 from funcmeta.optim._adadelta import AdadeltaState
@@ -16,7 +17,7 @@ from funcmeta.optim._adamax import AdamaxState
 from funcmeta.optim._nadam import NadamState
 from funcmeta.optim._rmsprop import RmspropState
 from funcmeta.optim._sgd import SgdState
-from funcmeta.optim._transform import Transform
+from funcmeta.optim._transform import Transform, check_transform
 
 NAMESAKES = (SgdState, AdamState, AdamaxState, NadamState, RmspropState, AdagradState, AdadeltaState)
 """The states whose fields are those of a torch.optim optimizer, ``step`` and one tensor for each parameter."""
@@ -59,6 +60,8 @@ def from_torch_optim_state(
 
     Source: torch.optim.Optimizer.state_dict (https://docs.pytorch.org/docs/stable/optim.html).
     """
+    check_transform(transform)
+    check_count("step", step, least=0, or_none=True, advice="Pass the number of steps taken so far.")
     state = transform.init(params)
     _check_namesake(state)
     saved = _saved("source", source)

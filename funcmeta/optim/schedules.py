@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
-from funcmeta._check import check_count
+from funcmeta._check import check_count, check_positive, is_number
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Schedule
 
@@ -83,7 +83,8 @@ def exponential_decay(start: float | Tensor, rate: float | Tensor, steps: int = 
         A callable of the step.
 
     Raises:
-        ArgumentError: ``start`` or ``rate`` is no number or tensor, or ``steps`` is below 1.
+        ArgumentError: ``start`` or ``rate`` is no number or tensor, a number ``rate`` is not positive, or ``steps`` is
+            below 1.
 
     Examples:
         >>> fm.optim.schedules.exponential_decay(1.0, 0.5)(torch.tensor(2))
@@ -92,6 +93,8 @@ def exponential_decay(start: float | Tensor, rate: float | Tensor, steps: int = 
     Source: torch.optim.lr_scheduler.ExponentialLR, which has steps = 1.
     """
     _check_levels(start=start, rate=rate)
+    if not isinstance(rate, Tensor):
+        check_positive("rate", rate)
     _check_steps(steps)
     return lambda step: start * rate ** (_time(step) / steps)
 
@@ -162,6 +165,8 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
 
 def _time(step: Tensor | int) -> Tensor:
     """The step in double precision, so that a long schedule loses nothing."""
+    if not is_number(step) and not (isinstance(step, Tensor) and step.ndim == 0):
+        raise ArgumentError(f"step is {tree.describe(step)}, expected a number or a 0-d tensor. Pass the step's index.")
     return torch.as_tensor(step).double()
 
 
@@ -175,7 +180,7 @@ def _check_levels(**levels: Any) -> None:
         if isinstance(level, Tensor):
             good = level.dtype.is_floating_point
         else:
-            good = isinstance(level, int | float) and not isinstance(level, bool)
+            good = is_number(level)
         if not good:
             raise ArgumentError(
                 f"{name} is {tree.describe(level)}, expected a number or a floating-point tensor. Pass e.g. {name}=0.1."

@@ -33,7 +33,7 @@ def split(
         The articles to train on, for validation and for the test, each in the order in which they came.
 
     Raises:
-        ArgumentError: nothing would be left to train on, or a number is negative.
+        ArgumentError: something else than articles, nothing would be left to train on, or a number is negative.
 
     Examples:
         >>> articles = [Article(title, (title,)) for title in "abcdef"]
@@ -43,6 +43,10 @@ def split(
 
     Source: this library.
     """
+    if not isinstance(articles, Sequence) or not all(isinstance(each, Article) for each in articles):
+        raise ArgumentError(
+            f"articles is a {type(articles).__name__}, expected a list of Article. Pass what a loader returns."
+        )
     check_count("validation", validation, least=0)
     check_count("test", test, least=0)
     if validation + test >= len(articles):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from funcmeta._check import check_choice, check_count, check_device, check_floating
+from funcmeta._check import check_choice, check_count, check_device, check_floating, is_number
 from funcmeta._errors import ArgumentError, DataError
 from funcmeta.tasks._few_shot import ClassName, FewShot
 from funcmeta.tasks._warp import NUMBERS, edge_distance, warp
@@ -70,7 +70,7 @@ def glyphs(
     check_choice("split", split, SPLITS)
     check_count("size", size)
     check_floating(dtype)
-    if not 0 <= variation <= 1:
+    if not is_number(variation) or not 0 <= variation <= 1:
         raise ArgumentError(f"variation is {variation!r}, expected a number from 0 to 1. Pass 1.0 for all of it.")
     names, bitmaps = read(DATA, split)
     return FewShot(_Glyphs(names, bitmaps.to(check_device(device)), size, variation, dtype), ways, shots, queries)

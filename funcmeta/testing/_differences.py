@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import rng, tree
+from funcmeta._check import is_number
 from funcmeta._errors import ArgumentError, LossError, StructureError
 from funcmeta._typing import Tree
 
@@ -57,7 +58,7 @@ def finite_difference(
     check_order(order)
     if eps is None:
         eps = default_step(tree, direction, order)
-    elif isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
+    elif not is_number(eps) or not 0 < eps < math.inf:
         raise ArgumentError(f"eps is {eps!r}, expected a positive number. Leave it out, or pass e.g. eps=1e-5.")
     return _difference(fn, tree, direction, eps, order)
 

@@ -124,6 +124,10 @@ def check_meta_grad(
     _check_arguments(directions, tolerance)
     check_order(order)
     tree.check_tensors(meta, name="meta")
+    if reference is not None and not isinstance(reference, MetaGradientCheck):
+        raise ArgumentError(
+            f"reference is {reference!r}, expected a MetaGradientCheck. Pass what an earlier check returned."
+        )
 
     def run(meta: Meta, estimator: Estimator, memory: Memory) -> Tensor:
         if strategy is None:

@@ -58,6 +58,10 @@ def judged(**options: Any) -> Any:
     return training.evaluate(algorithm, algorithm.init(), tasks.sinusoids(), number=2, **options)
 
 
+def restored(state_dict: Any) -> None:
+    learned.TorchOptimizer(NET.parameters(), optim.adam()).load_state_dict(state_dict)
+
+
 def share_on_meta(meta: Any, w: Any, x: Tensor, seed: int) -> Any:
     state, info = step(meta, w, x, seed)
     return state, info._replace(meta_loss=info.loss.to("meta"))
@@ -73,7 +77,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
     "integer parameters": (
         lambda: optim.sgd(0.1).init({"w": torch.ones(2, dtype=torch.int64)}),
         fm.StructureError,
-        r"params\['w'\] is int64\[2\] on cpu, expected a floating-point tensor\. Keep other tensors out",
+        r"params\['w'\] is int64\[2\] on cpu, expected a dense floating-point tensor\. Keep others out",
     ),
     "complex parameters": (lambda: optim.adam().init({"w": torch.tensor(1j)}), fm.StructureError, "is complex64"),
     "gradients on another device": (lambda: updated(optim.sgd(0.1), ON_META), fm.StructureError, "on the same device"),
@@ -219,6 +223,138 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.ArgumentError,
         r"order is \[\], expected one of \[2, 4, 6\]",
     ),
+    "sparse gradients": (
+        lambda: updated(optim.adam(), {"w": torch.ones(2).to_sparse()}),
+        fm.StructureError,
+        r"a gradient is sparse_coo float32\[2\] on cpu, .* Pass one dense gradient",
+    ),
+    "sparse parameters": (
+        lambda: optim.sgd(0.1).init({"w": torch.ones(2).to_sparse()}),
+        fm.StructureError,
+        r"params\['w'\] is sparse_coo float32\[2\] on cpu, expected a dense",
+    ),
+    "integers to be clipped": (
+        lambda: optim.clip_by_global_norm(1.0).init({"w": torch.tensor(3)}),
+        fm.StructureError,
+        r"params\['w'\] is int64\[\] on cpu",
+    ),
+    "a rate on another device": (
+        lambda: updated(optim.sgd(torch.ones((), device="meta"))),
+        fm.StructureError,
+        r"lr is float32\[\] on meta, but a parameter is float32\[2\] on cpu\. Move it there, or pass a 0-d tensor",
+    ),
+    "rates on another device": (lambda: updated(optim.sgd(ON_META)), fm.StructureError, r"lr is float32\[2\] on meta"),
+    "a norm on another device": (
+        lambda: updated(optim.clip_by_global_norm(torch.ones((), device="meta"))),
+        fm.StructureError,
+        r"max_norm is float32\[\] on meta",
+    ),
+    "a rate beyond what torch takes": (lambda: optim.sgd(10**400), fm.ArgumentError, r"lr is 10+ \(int\), expected"),
+    "a level beyond it": (
+        lambda: schedules.constant(10**400),
+        fm.ArgumentError,
+        r"value is 10+ \(int\), expected a num",
+    ),
+    "a count beyond it": (
+        lambda: learned.lstm(hidden=2**70),
+        fm.ArgumentError,
+        r"hidden is at least 2\*\*63, expected",
+    ),
+    "a spread beyond it": (
+        lambda: fm.EvolutionStrategies(10**400, 1),
+        fm.ArgumentError,
+        "sigma is 10+, expected a posi",
+    ),
+    "a rate of decay below zero": (
+        lambda: schedules.exponential_decay(1.0, -0.5),
+        fm.ArgumentError,
+        "rate is -0.5, expected a positive number",
+    ),
+    "a step of words": (
+        lambda: schedules.constant(0.1)("a"),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        r"step is 'a' \(str\), expected a number or a 0-d tensor",
+    ),
+    "steps in a row": (lambda: schedules.constant(0.1)(torch.ones(3)), fm.ArgumentError, r"step is float32\[3\]"),
+    "a step that is none": (
+        lambda: optim.from_torch_optim_state(optim.adam(), torch.optim.Adam([X]), X, step="a"),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "step is 'a', expected an integer of at least 0 or None",
+    ),
+    "no transform": (
+        lambda: optim.from_torch_optim_state(3, torch.optim.Adam([X]), X),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        r"got 3 \(int\), expected a Transform",
+    ),
+    "no problem": (lambda: unrolled(problem=X), fm.ArgumentError, r"problem is a Tensor, expected a Problem\. Pass"),
+    "a problem without functions": (
+        lambda: unrolled(problem=PROBLEM._replace(meta_loss=3)),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "problem.meta_loss is 3, expected a function",
+    ),
+    "a model without parameters": (
+        lambda: fm.functionalize(NET)[0](None, {}, X),  # type: ignore[arg-type]
+        fm.StructureError,
+        "params is a NoneType, expected a dict of tensors by name",
+    ),
+    "a model with a number in it": (
+        lambda: fm.functionalize(NET)[0]({**fm.init_params(NET), "bias": 1.0}, {}, X),  # type: ignore[dict-item]
+        fm.StructureError,
+        "params is a dict, expected a dict of tensors by name",
+    ),
+    "a reference that is none": (
+        lambda: fm.check_meta_grad(PROBLEM, a_meta(), TASK, steps=1, reference=len),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "reference is <built-in function len>, expected a MetaGradientCheck",
+    ),
+    "a state of words": (
+        lambda: restored({"state": "a", "param_groups": [{"params": [0, 1]}]}),
+        fm.StructureError,
+        r"state_dict\['state'\] is 'a', expected 'funcmeta' with a list",
+    ),
+    "a state of a function": (
+        lambda: restored({"state": {"funcmeta": {"leaves": len}}, "param_groups": [{"params": [0, 1]}]}),
+        fm.StructureError,
+        r"state_dict\['state'\] is a dict with the keys \['funcmeta'\], expected",
+    ),
+    "groups of numbers": (lambda: restored({"param_groups": [1.0]}), fm.StructureError, "has not the param_groups of"),
+    "no optimizers": (
+        lambda: fm.evaluate_optimizers(0, {}),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "optimizers is a int, expected a dict by name",
+    ),
+    "one rate": (
+        lambda: fm.evaluate_optimizers({"sgd": optim.sgd(0.1)}, {"a": 3}, rates=0.1),  # type: ignore[arg-type, dict-item]
+        fm.ArgumentError,
+        "rates are 0.1, expected positive floats",
+    ),
+    "no course": (
+        lambda: fm.evaluate_optimizers({"sgd": optim.sgd(0.1)}, {"a": 3}),  # type: ignore[dict-item]
+        fm.ArgumentError,
+        r"courses\['a'\] is 3, expected a Course\. Pass Course\(module, loss_fn, tasks, steps\)",
+    ),
+    "no variation": (lambda: tasks.glyphs(variation={}), fm.ArgumentError, "variation is {}, expected a number from"),  # type: ignore[arg-type]
+    "a complex rate": (
+        lambda: fm.meta_sgd.build(NET, squares, steps=1, lr=torch.tensor(1j)),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        r"lr is tensor\(0\.\+1\.j\), expected a positive number",
+    ),
+    "folding words": (lambda: fm.rng.fold(0, "a"), fm.ArgumentError, r"numbers are \('a',\), expected integers"),  # type: ignore[arg-type]
+    "no articles": (
+        lambda: tasks.split(3, validation=1, test=1),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "articles is a int, expected a list of Article",
+    ),
+    "a start that is none": (
+        lambda: fm.l2l.build(learned.linear(), NET, squares, steps=1, start=[1.0]),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        r"start is \[1.0\], expected a function from a seed",
+    ),
+    "a teacher that is none": (
+        lambda: fm.l2l.build(learned.linear(), NET, squares, steps=1, teacher=3),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        r"got 3 \(int\), expected a Transform",
+    ),
 }
 
 
@@ -245,6 +381,12 @@ def test_forward_mode_takes_leaves_and_states_without_entries(size: int) -> None
     lr = torch.tensor(0.5, requires_grad=True)
     fm.unroll(problem, lr, fm.Task(X, X), steps=1, estimator=fm.ForwardMode()).loss.backward()
     assert lr.grad == 1.0
+
+
+@pytest.mark.parametrize("transform", [optim.sgd(()), optim.adam(())], ids=["sgd", "adam"])
+def test_no_parameters_take_a_step_of_none(transform: fm.Transform) -> None:
+    """Rates like parameters that are none were looked for by name, and not found."""
+    assert updated(transform, (), ())[0] == ()
 
 
 def test_a_double_hyper_parameter_with_entries_keeps_the_dtype() -> None:
