@@ -1,6 +1,7 @@
 """The example of the language model with three memories runs, and what it claims comes out."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,9 @@ import funcmeta as fm
 from funcmeta.tasks import Article
 
 Load = Callable[[str], ModuleType]
+
+MOVING = ("dynamic evaluation", "dynamic evaluation, decay", "gates without FLUSH", "gates")
+WIKITEXT = Path(os.environ.get("FUNCMETA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "wikitext-2"
 
 
 @pytest.fixture
@@ -106,11 +110,20 @@ def test_bad_options_are_refused(script: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_gain_grows_along_articles(script: ModuleType, tmp_path: Path) -> None:
+def test_every_way_to_change_the_weights_gains_over_the_static_model(script: ModuleType, tmp_path: Path) -> None:
+    """That the gain grows along an article is not claimed here: cross-validation does not show it on these articles."""
     rows = run(script, tmp_path)["rows"]
-    for name in ("dynamic evaluation", "dynamic evaluation, decay", "gates without FLUSH", "gates"):
-        assert rows[name]["growth"][1] > 0
+    for name in MOVING:
         assert rows[name]["loss"] < rows["static"]["loss"] - 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WIKITEXT.is_dir(), reason="needs WikiText-2 in ../shared/data, or FUNCMETA_DATA")
+def test_gain_grows_along_articles_of_wikitext(script: ModuleType, tmp_path: Path) -> None:
+    rows = run(script, tmp_path, data="wikitext", path=WIKITEXT)["rows"]
+    for name in MOVING:
+        assert rows[name]["growth"][1] > 0
+        assert rows[name]["loss"] < rows["static"]["loss"] - 0.1
 
 
 @pytest.mark.slow
