@@ -178,7 +178,7 @@ def _fraction(step: Tensor | int, steps: int) -> Tensor:
 def _check_levels(**levels: Any) -> None:
     for name, level in levels.items():
         if isinstance(level, Tensor):
-            good = level.dtype.is_floating_point
+            good = level.dtype.is_floating_point and level.layout is torch.strided
         else:
             good = is_number(level)
         if not good:

@@ -65,6 +65,10 @@ def _encode(value: Any, path: str, tensors: Tensors) -> Any:
     if isinstance(value, Tensor):
         if value.is_meta:
             raise ArgumentError(f"{path} is on the device 'meta', which has no data. Keep it on 'cpu' or 'cuda'.")
+        if value.layout is not torch.strided:
+            raise ArgumentError(
+                f"{path} is {value.layout}, and only dense tensors are written. Pass {path}.to_dense()."
+            )
         name = path if path not in tensors else f"{path}#{len(tensors)}"
         tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": name, "learned": value.requires_grad}

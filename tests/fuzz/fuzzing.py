@@ -126,7 +126,7 @@ def snapshot(value: Any) -> Any:
         facts = (id(value), value.dtype, value.shape, value.device, value.requires_grad, value._version, value.layout)
         grad = None if not value.is_leaf or value.grad is None else value.grad.clone()
         stride = value.stride() if value.layout is torch.strided else None
-        return (*facts, stride, grad, value.detach().clone())
+        return (*facts, stride, grad, value.detach().to_dense().clone())
     if isinstance(value, nn.Module):
         modes = [each.training for each in value.modules()]
         named = [*value.named_parameters(remove_duplicate=False), *value.named_buffers(remove_duplicate=False)]
@@ -165,10 +165,31 @@ def close(got: Any, expected: Any, tolerance: float) -> None:
 
 
 JUNK: list[Any] = [
-    *(None, True, -1, 0, 1.5, math.nan, math.inf, 10**6, 1j, "x", "", b"", (), [], {}, set(), [None], {"x": "y"}),
+    *(
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        math.nan,
+        math.inf,
+        10**6,
+        2**70,
+        10**400,
+        1j,
+        "x",
+        "",
+        b"",
+        (),
+        [],
+        {},
+        set(),
+        [None],
+        {"x": "y"},
+    ),
     *(object, object(), np.ones(2), np.float64(0.5), torch.float32, nn.Linear, fm.optim.sgd, range(3)),
     *(torch.tensor(1), torch.tensor(True), torch.zeros(0), torch.ones(2, device="meta"), torch.tensor(math.nan)),
-    torch.tensor(1j),
+    *(torch.tensor(1j), torch.ones(2).to_sparse()),
 ]
 """What nobody means to pass, with some values that are wrong in most places only."""
 

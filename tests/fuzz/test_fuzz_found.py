@@ -204,6 +204,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.ArgumentError,
         "w is on the device 'meta', which has no data",
     ),
+    "saving what is sparse": (
+        lambda: training.save({"w": torch.ones(2).to_sparse()}, "never-written"),
+        fm.ArgumentError,
+        "w is torch.sparse_coo, and only dense tensors are written",
+    ),
+    "a sparse level": (lambda: schedules.constant(torch.ones(2).to_sparse()), fm.ArgumentError, "value is sparse_coo"),
     "no path": (lambda: training.load(3), fm.ArgumentError, "path is 3, expected the path of a file"),  # type: ignore[arg-type]
     "watching by nothing": (
         lambda: fitted(watch=None),
