@@ -237,7 +237,9 @@ def _bind(
             return problem.init(meta, Task(support, query, task.spec), seed)
 
         with _controlled(rng.fold(seed, 0)):
-            return over(begin)(meta, task.support, task.query, rng.fold(seed, 0))
+            state = over(begin)(meta, task.support, task.query, rng.fold(seed, 0))
+        check_has_data(state, "The state that init returned, state")
+        return state
 
     def step(meta: Meta, state: Any, index: int) -> tuple[Any, StepInfo]:
         batch, own_seed = _batch(task.support, index), rng.fold(seed, 1, index)

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from funcmeta._check import check_count, check_fraction
+
 
 class LanguageModel(nn.Module):
     """An LSTM between an embedding and a decoder that share their weight.
@@ -11,6 +13,9 @@ class LanguageModel(nn.Module):
         width: units of the embedding and of each layer.
         layers: number of LSTM layers.
         dropout: probability to drop an entry of what enters and leaves the LSTM, while training.
+
+    Raises:
+        ArgumentError: a size is below 1, or ``dropout`` not in [0, 1).
 
     Examples:
         >>> model = LanguageModel(vocabulary=10, width=4)
@@ -22,6 +27,9 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(self, vocabulary: int, width: int, *, layers: int = 1, dropout: float = 0.0) -> None:
+        for name, value in (("vocabulary", vocabulary), ("width", width), ("layers", layers)):
+            check_count(name, value)
+        check_fraction("dropout", dropout)
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.layers = nn.LSTM(width, width, layers)

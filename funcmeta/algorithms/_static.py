@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcmeta import tree
 from funcmeta._check import check_count, check_positive
-from funcmeta._errors import ArgumentError, DivergenceError
+from funcmeta._errors import ArgumentError, DivergenceError, StructureError
 from funcmeta.algorithms._language_model import LanguageModel
 
 
@@ -41,7 +43,8 @@ def train_static(
         An iterator over the epochs, which gives the validation loss after each, in nats a word. Run it to its end.
 
     Raises:
-        ArgumentError: a number is out of range, or a text is too short.
+        ArgumentError: a number is out of range, a text is too short, or has a word that the model does not know.
+        StructureError: a text is no int64 [words].
         DivergenceError: in the iterator, no epoch left a model with a finite validation loss.
 
     Examples:
@@ -55,12 +58,37 @@ def train_static(
     for name, value in (("epochs", epochs), ("rows", rows), ("length", length)):
         check_count(name, value)
     check_positive("lr", lr)
+    if not isinstance(net, LanguageModel):
+        raise ArgumentError(f"net is a {type(net).__name__}, expected a LanguageModel. Pass one.")
+    for name, text in (("train", train), ("validation", validation)):
+        _check_text(name, text, net.embedding.num_embeddings)
     if len(train) < 2 * rows or len(validation) < 2:
         raise ArgumentError(
             f"the texts have {len(train)} and {len(validation)} words, expected at least {2 * rows} and 2. Pass longer "
             f"ones, or fewer rows."
         )
     return _epochs(net, train, validation, epochs, lr, rows, length)
+
+
+def _surprise(net: LanguageModel, text: Tensor, length: int = 4096) -> float:
+    """The mean loss of a word of a text, of which the scores of ``length`` words are held at once."""
+    hidden, losses = net.start(), []
+    with torch.no_grad():
+        for words, following in zip(torch.split(text[:-1], length), torch.split(text[1:], length), strict=True):
+            scores, hidden = net(words, hidden)
+            losses.append(F.cross_entropy(scores, following, reduction="none").double())
+    return float(torch.cat(losses).mean())
+
+
+def _check_text(name: str, text: Any, vocabulary: int) -> None:
+    """Raise unless this is a row of numbers of words."""
+    if not isinstance(text, Tensor) or text.dtype != torch.int64 or text.ndim != 1:
+        raise StructureError(f"{name} is {tree.describe(text)}, expected int64 [words]. Pass Corpus.tokens(article).")
+    if text.numel() and not 0 <= int(text.min()) <= int(text.max()) < vocabulary:
+        raise ArgumentError(
+            f"{name} has words from {int(text.min())} to {int(text.max())}, but the model knows 0 to {vocabulary - 1}. "
+            f"Give the model the vocabulary of the text."
+        )
 
 
 def _epochs(
@@ -81,8 +109,7 @@ def _epochs(
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
         net.eval()
-        with torch.no_grad():
-            loss = F.cross_entropy(net(validation[:-1], net.start())[0], validation[1:]).item()
+        loss = _surprise(net, validation)
         if loss < best:
             best, kept = loss, {name: tensor.clone() for name, tensor in net.state_dict().items()}
         if epoch == epochs - 1:

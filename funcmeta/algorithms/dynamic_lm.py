@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funcmeta import tree
-from funcmeta._check import check_count
+from funcmeta._check import check_count, check_flag
 from funcmeta._errors import ArgumentError
 from funcmeta._gradient import value_and_grad
 from funcmeta._typing import Batch, Meta, Params
@@ -155,6 +155,7 @@ def build(
             f"module is a {type(module).__name__} without start(), which returns the hidden state before the first "
             f"word. Pass a LanguageModel, or define it."
         )
+    check_flag("learn_static", learn_static)
     check_count("window", window, least=2, advice="The loss of the first segment does not depend on the gates.")
     problem = _problem(module, gates, start())
 
@@ -183,6 +184,14 @@ def build(
 
 
 def _left(task: Task, carry: Carry | None) -> int:
+    """How many segments of a stream are still to be read."""
+    if not isinstance(task, Task) or not isinstance(task.spec, tuple):
+        raise ArgumentError(
+            f"task is {str(task)[:100]}, expected a stream, whose spec has an entry for each segment. Pass what "
+            f"Corpus.stream returns."
+        )
+    if carry is not None and not (isinstance(carry, Carry) and isinstance(carry.step, int)):
+        raise ArgumentError(f"carry is {str(carry)[:100]}, expected a Carry or None. Pass that of an earlier window.")
     return max(len(task.spec) - (carry.step if carry else 0), 0)
 
 

@@ -71,7 +71,8 @@ class Search:
                 metas = [torch.cat([leaf + each, leaf - each]) for leaf, each in zip(learned, noise, strict=True)]
                 losses, states = self._trained(part, meta, metas, states)
                 if losses is not None:
-                    weights = (losses[: self.own] - losses[self.own :]) / (2 * self.own * self.sigma**2)
+                    differences = (losses[: self.own] - losses[self.own :]).double()
+                    weights = differences / (2 * self.own * self.sigma) / self.sigma  # the square of σ may be 0
                     found = [torch.tensordot(weights.to(each), each, 1) for each in sums]
                     gradients = [before + each for before, each in zip(gradients, found, strict=True)]
         return Outcome(attach(plain.loss, gradients, moving), plain.path, Particles(states, sums))

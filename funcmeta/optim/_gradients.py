@@ -35,7 +35,10 @@ def clip_by_value(limit: Hyper) -> Transform:
     """
 
     def rule(values: Values, param: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        return (grad.clamp(-values["limit"], values["limit"]),)
+        limit = values["limit"]
+        if not isinstance(limit, Tensor):
+            limit = min(limit, torch.finfo(grad.dtype).max)  # torch can not clamp at what the dtype does not reach
+        return (grad.clamp(-limit, limit),)
 
     return per_tensor(Hypers(limit=limit), rule, counted=False)
 

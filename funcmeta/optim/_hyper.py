@@ -33,7 +33,7 @@ class Hypers:
     def __init__(self, **hypers: Hyper) -> None:
         for name, hyper in hypers.items():
             _check(name, hyper)
-        self.fixed = {name: hyper for name, hyper in hypers.items() if _is_single(hyper)}
+        self.fixed = {name: _plain(hyper) for name, hyper in hypers.items() if _is_single(hyper)}
         self.rest = {name: hyper for name, hyper in hypers.items() if name not in self.fixed}
         self.scheduled = any(callable(hyper) for hyper in self.rest.values())
 
@@ -47,7 +47,7 @@ class Hypers:
     def single(self, name: str, step: Any) -> Value:
         """The value that all parameters share at this step; an error where it differs within them."""
         hyper = {**self.fixed, **self.rest}[name]
-        value = hyper(step) if callable(hyper) else hyper
+        value = _plain(hyper(step)) if callable(hyper) else hyper
         if (isinstance(value, Tensor) and value.ndim == 0) or isinstance(value, int | float):
             return value
         raise StructureError(
@@ -64,9 +64,9 @@ class Hypers:
             if callable(hyper):
                 _check_type(f"{name}(step)", value)
             if _is_single(value):
-                shared = {**shared, name: value}
+                shared = {**shared, name: _plain(value)}
             else:
-                columns[name] = tree.aligned(params, value, name=name)
+                columns[name] = [_plain(own) for own in tree.aligned(params, value, name=name)]
                 for own, leaf in zip(columns[name], leaves, strict=True):
                     check_reachable(name, own, leaf)
         for name, value in shared.items():
@@ -122,6 +122,11 @@ def safe_sqrt(value: Tensor) -> Tensor:
     """The square root, with all derivatives 0 at 0: those of √(g²) = |g|, taken from both sides, at g = 0."""
     zero = value == 0
     return value.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+
+
+def _plain(value: Value) -> Value:
+    """A float of Python in place of one of NumPy, whose product with a tensor is no tensor."""
+    return float(value) if isinstance(value, float) else value
 
 
 def _is_single(hyper: Hyper) -> bool:

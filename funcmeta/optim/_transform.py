@@ -229,6 +229,8 @@ def _selection(where: Tree | Callable[[str], bool], params: Tree) -> dict[str, b
     names = [".".join(_part(key) for key in path) for path in paths]
     if len(set(names)) != len(names):
         raise StructureError(f"two parameters have the same dotted name among {names}. Use keys without dots.")
+    if isinstance(where, type):
+        raise ArgumentError(f"where is {where!r}, expected bools or a function of a name. Pass one of them.")
     picks = [where(name) for name in names] if callable(where) else tree.aligned(params, where, name="where")
     for name, value in zip(names, picks, strict=True):
         if not isinstance(value, bool):

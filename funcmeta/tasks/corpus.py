@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +44,7 @@ def split(
 
     Source: this library.
     """
-    if not isinstance(articles, Sequence) or not all(isinstance(each, Article) for each in articles):
-        raise ArgumentError(
-            f"articles is a {type(articles).__name__}, expected a list of Article. Pass what a loader returns."
-        )
+    _check_articles("articles", articles)
     check_count("validation", validation, least=0)
     check_count("test", test, least=0)
     if validation + test >= len(articles):
@@ -75,7 +73,7 @@ def corpus(
         The ``Corpus``.
 
     Raises:
-        ArgumentError: ``train`` is empty, or ``vocabulary`` is below 2.
+        ArgumentError: a part holds something else than articles, ``train`` is empty, or ``vocabulary`` is below 2.
 
     Examples:
         >>> articles = [Article("a", ("the", "cat", "the", "<eos>"))]
@@ -85,6 +83,8 @@ def corpus(
     Source: this library.
     """
     check_count("vocabulary", vocabulary, least=2)
+    for name, part in (("train", train), ("validation", validation), ("test", test)):
+        _check_articles(name, part)
     if not train:
         raise ArgumentError("train is empty, expected articles to make a vocabulary of. Pass at least one.")
     counts = Counter(word for article in train for word in article.words)
@@ -127,6 +127,7 @@ class Corpus:
         steps is the length of the spec, which has the index of the article for each segment.
         """
         check_count("length", length)
+        _check_articles("articles", articles)
         segments, places = [], []
         for index, article in enumerate(articles):
             tokens = self.tokens(article)
@@ -138,6 +139,7 @@ class Corpus:
     def streams(self, articles: Sequence[Article], length: int) -> "Streams":
         """A sampler of streams that have these articles in an order of their own."""
         check_count("length", length)
+        _check_articles("articles", articles)
         return Streams(self, tuple(articles), length)
 
     @cached_property
@@ -175,3 +177,17 @@ class Streams:
     def alone(self, index: int) -> Task:
         """The stream that has the article of this index only."""
         return self.corpus.stream([self.articles[index]], self.length)
+
+
+def _check_articles(name: str, articles: Any) -> None:
+    """Raise unless these are articles of words."""
+    if not isinstance(articles, list | tuple) or isinstance(articles, Article):
+        raise ArgumentError(
+            f"{name} is a {type(articles).__name__}, expected a list of Article. Pass what a loader returns."
+        )
+    for index, article in enumerate(articles):
+        words = article.words if isinstance(article, Article) else None
+        if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+            raise ArgumentError(
+                f"{name}[{index}] is {str(article)[:100]}, expected an Article of words. Pass what a loader returns."
+            )

@@ -44,7 +44,7 @@ def own(function: Callable[..., Any]) -> Callable[..., Any]:
     def called(*arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except (TypeError, AttributeError, KeyError, IndexError) as error:
+        except (TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:
             raise OwnError(str(error)) from error
 
     return called

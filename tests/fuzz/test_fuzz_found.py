@@ -3,17 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import funcmeta as fm
 from funcmeta import learned, optim, tasks, training
+from funcmeta.algorithms import dynamic_lm
 from funcmeta.optim import schedules
 
 W = {"w": torch.ones(2)}
 ON_META = {"w": torch.ones(2, device="meta")}
 NET = nn.Linear(1, 1)
+READER, LETTERS = dynamic_lm.LanguageModel(9, 2), torch.arange(9)
 
 
 def squares(meta: Any, predict: Any, batch: Any) -> Tensor:
@@ -125,6 +128,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         lambda: unrolled(a_meta(device="meta")),
         fm.ArgumentError,
         r"meta\['p'\]\['w'\] is float64\[2\] on meta, a device where tensors have no data\. Pass it on",
+    ),
+    "a state without data": (
+        lambda: unrolled(
+            problem=PROBLEM._replace(init=lambda meta, task, seed: ON_META), estimator=fm.MixedMode(), meta=a_meta()
+        ),
+        fm.ArgumentError,
+        r"The state that init returned, state\['w'\] is float32\[2\] on meta, a device where",
     ),
     "a task without data": (lambda: unrolled(task=fm.Task(X.to("meta"), X)), fm.ArgumentError, r"task\[0\] is float64"),
     "batches without data": (
@@ -276,6 +286,42 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.ArgumentError,
         "rate is -0.5, expected a positive number",
     ),
+    "a class as a mask": (
+        lambda: optim.masked(optim.sgd(0.1), nn.Linear).init(W),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "where is <class .*Linear'>, expected bools or a function of a name",
+    ),
+    "a model of nothing": (lambda: dynamic_lm.LanguageModel(0, 4), fm.ArgumentError, "vocabulary is 0, expected"),
+    "static training of another model": (
+        lambda: dynamic_lm.train_static(NET, LETTERS, LETTERS, epochs=1),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "net is a Linear, expected a LanguageModel",
+    ),
+    "a text of other numbers": (
+        lambda: dynamic_lm.train_static(READER, LETTERS.float(), LETTERS, epochs=1),
+        fm.StructureError,
+        r"train is float32\[9\] on cpu, expected int64 \[words\]",
+    ),
+    "a text of unknown words": (
+        lambda: dynamic_lm.train_static(READER, LETTERS, LETTERS + 1, epochs=1),
+        fm.ArgumentError,
+        "validation has words from 1 to 9, but the model knows 0 to 8. Give the model the vocabulary",
+    ),
+    "a stream that is none": (
+        lambda: dynamic_lm.build(READER, learned.gates()).loss({}, None),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "task is None, expected a stream, whose spec has an entry for each segment",
+    ),
+    "a carry that is none": (
+        lambda: dynamic_lm.build(READER, learned.gates()).loss({}, fm.Task(None, None, (0,) * 4), carry=3),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "carry is 3, expected a Carry or None",
+    ),
+    "an article of numbers": (
+        lambda: tasks.corpus([tasks.Article("x", (1, 2))], [], []),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        r"train\[0\] is Article\(title='x', words=\(1, 2\)\), expected an Article of words",
+    ),
     "a step of words": (
         lambda: schedules.constant(0.1)("a"),  # type: ignore[arg-type]
         fm.ArgumentError,
@@ -393,6 +439,24 @@ def test_forward_mode_takes_leaves_and_states_without_entries(size: int) -> None
 def test_no_parameters_take_a_step_of_none(transform: fm.Transform) -> None:
     """Rates like parameters that are none were looked for by name, and not found."""
     assert updated(transform, (), ())[0] == ()
+
+
+def test_a_spread_whose_square_is_zero_gives_no_gradient_of_nan() -> None:
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    meta = {"p": {"w": w}, "lr": torch.tensor(0.1, dtype=torch.float64)}
+    loss = unrolled(meta, estimator=fm.EvolutionStrategies(1e-200, 2)).loss
+    assert torch.autograd.grad(loss, w)[0].tolist() == [0, 0]
+
+
+def test_a_limit_beyond_a_dtype_clips_nothing() -> None:
+    grads = {"w": torch.ones(2, dtype=torch.float16)}
+    assert updated(optim.clip_by_value(1e6), grads, grads)[0]["w"].tolist() == [1, 1]
+
+
+def test_a_number_of_numpy_is_a_number() -> None:
+    """Its product with a tensor is no tensor."""
+    mine = updated(optim.rmsprop(0.1, momentum=np.float64(0.5)))[0]["w"]
+    torch.testing.assert_close(mine, updated(optim.rmsprop(0.1, momentum=0.5))[0]["w"])
 
 
 def test_a_double_hyper_parameter_with_entries_keeps_the_dtype() -> None:

@@ -65,6 +65,8 @@ def test_transforms_refuse_or_agree_with_torch(draw: Draw) -> None:
     name = draw(st.sampled_from(sorted(FAMILIES)))
     family = FAMILIES[name]
     hypers = {key: hyper(draw, ends) for key, ends in family.hypers.items()}
+    if "schedule" in name and any(callable(each) for each in hypers.values()):
+        return  # what makes a schedule of them is code of a user
     options = {key: draw(st.booleans()) for key in family.options}
     transform = attempt(lambda: family.make(**paired(hypers), **options), hypers)
     if isinstance(transform, Refused):
@@ -296,5 +298,5 @@ def test_states_to_and_from_torch(draw: Draw) -> None:
     back = attempt(
         lambda: optim.to_torch_optim_state(either(draw, state, junk(), 8), either(draw, optimizer, junk(), 8))
     )
-    if not isinstance(back, Refused):
+    if not isinstance(back, Refused) and not any(leaf.is_meta for leaf in fm.tree.tensors(back)):
         optimizer.load_state_dict(back)
