@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from funcmeta import tree
-from funcmeta._check import check_count
+from funcmeta._check import check_count, is_number
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Tree
 from funcmeta.learned._coordinatewise import Dense
@@ -62,11 +62,8 @@ class Gates(LearnedOptimizer):
         check_count("hidden", hidden, least=0)
         self.kind = "gates"
         self.config = {"copy": copy, "update": update, "flush": flush, "hidden": hidden}
-        begin = {
-            "copy": None if copy == 1 else copy,
-            "update": None if update == 0 else update,
-            "flush": None if flush == 0 else flush,
-        }
+        given = {"copy": (copy, 1), "update": (update, 0), "flush": (flush, 0)}
+        begin = {name: None if is_number(value) and value == fixed else value for name, (value, fixed) in given.items()}
         self._open = [name for name, value in begin.items() if value is not None]
         if not self._open:
             return
@@ -116,7 +113,7 @@ def _sizes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _logit(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+    if not is_number(value) or not 0 < value < 1:
         fixed = "1" if name == "copy" else "0"
         raise ArgumentError(
             f"{name} is {value!r}, expected a number in (0, 1), or {fixed} to fix the gate. Pass e.g. {name}=0.1."

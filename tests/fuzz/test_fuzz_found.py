@@ -397,6 +397,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.ArgumentError,
         "articles is a int, expected a list of Article",
     ),
+    "a sparse gate": (
+        lambda: learned.gates(copy=torch.ones(2).to_sparse()),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        r"(?s)copy is tensor.*, expected a number in \(0, 1\), or 1 to fix the gate",
+    ),
     "a start that is none": (
         lambda: fm.l2l.build(learned.linear(), NET, squares, steps=1, start=[1.0]),  # type: ignore[arg-type]
         fm.ArgumentError,
