@@ -7,7 +7,7 @@ import torch
 
 from funcmeta import rng, tree
 from funcmeta._check import check_choice, check_count, check_positive
-from funcmeta._errors import ArgumentError
+from funcmeta._errors import ArgumentError, DivergenceError
 from funcmeta._typing import Meta
 from funcmeta.tasks import Sampler, Streams
 from funcmeta.training._carries import Spread
@@ -148,8 +148,10 @@ def fit(
     with Signals() as signals:
         ended = _loop(run, steps, store, records, watch, signals)
     learned = run.learned()
-    if store and ranks.rank == 0 and ended in ("steps", "patience"):
-        store.finish(learned)
+    if store and ranks.rank == 0:
+        if ended in ("steps", "patience"):
+            store.finish(learned)
+        store.end(ended)
     return Fitted(learned, run.step, ended, tuple(records), run.alarms)
 
 
@@ -198,7 +200,12 @@ def _loop(
         if run.validation and (run.step % run.validation.every == 0 or run.step == steps):
             record = run.validated(record)
         note(record)
-        run.stop_if_told(record)
+        try:
+            run.stop_if_told(record)
+        except DivergenceError:
+            if store and run.ranks.rank == 0:
+                store.end("alarm")
+            raise
         if run.step == 1 and store:
             encode(run.saved([lane.carry for lane in run.lanes]))
         if store and store.is_due(run.step):
