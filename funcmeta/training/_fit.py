@@ -101,8 +101,10 @@ def fit(
         than a step takes.
 
     Raises:
-        ArgumentError: a number is out of range, ``batch_size`` can not be shared among the processes, nothing is
-            learned, the folder has a run that is not to be resumed, or the run was begun with other settings.
+        ArgumentError: a number is out of range, ``batch_size`` can not be shared among the processes, ``spread`` and
+            the ``share`` of the estimator do not go together, nothing is learned, the folder has a run that is not to
+            be resumed, or the run was begun with other settings.
+        DetachedError: the loss depends on nothing that is learned.
         DataError: a checkpoint can not be read, or needs a class that is not imported.
         SaveError: the system does not take a file.
         LostProcessError: another process ended, or can not be reached.
@@ -140,6 +142,7 @@ def fit(
             f"batch_size is {batch_size}, which {ranks.number} processes can not share evenly. Pass a multiple."
         )
     aim = objective(algorithm, tasks, spread)
+    ranks.check_share(algorithm, spread)
     own = _owned(algorithm.init() if meta is None else meta)
     plan = Plan(seed, batch_size, accumulate, clip, alarm, validation, spread)
     run = Run(aim, own, optimizer, scheduler, plan, ranks)

@@ -17,9 +17,9 @@ COUNTED = 2**53
 class Folder(NamedTuple):
     """Where a run is kept, and how it is taken up again.
 
-    ``checkpoints/step-*.safetensors`` hold all that a run needs to go on, ``log.jsonl`` has a line for every step, and
-    ``meta.safetensors`` is what was learned. Each file is there whole or not at all, but for
-    the log, to which lines are added.
+    ``checkpoints/step-*.safetensors`` hold all that a run needs to go on, ``log.jsonl`` has a line for every step and
+    one for how the run ended, and ``meta.safetensors`` is what was learned. Each file is there whole or not at all, but
+    for the log, to which lines are added.
 
     Attributes:
         path: the folder; it is made.

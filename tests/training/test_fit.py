@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training_cases import KINDS, Case, Point, adam, few_shot, quadratic, squared, start, windows
 
 import funcmeta as fm
-from funcmeta.algorithms import l2l, maml
+from funcmeta.algorithms import Algorithm, l2l, maml
 from funcmeta.training import Alarm, Folder, Mean, Record, Validation, evaluate, fit, load
 
 TASKS = fm.tasks.sinusoids()
@@ -449,6 +449,64 @@ def test_a_state_that_can_not_be_written_is_an_error_at_the_first_step(tmp_path:
 
     with pytest.raises(fm.ArgumentError, match=r"optimizer/state/0/path is a PosixPath, which can not be written"):
         fit(down(), TASKS, lambda meta: Odd([meta], lr=1.0), steps=50, folder=Folder(tmp_path, every=50))
+
+
+# --- algorithms of one's own
+
+
+def half_used() -> Algorithm:
+    """An algorithm whose loss leaves a leaf out."""
+
+    def init() -> Any:
+        return {"used": torch.tensor(3.0, requires_grad=True), "unused": torch.tensor(5.0, requires_grad=True)}
+
+    return Algorithm(
+        init,
+        lambda meta, tasks, seed=0: meta["used"].square() + 0 * tasks.support[0].sum(),
+        lambda meta, task, seed=0, evaluate=False: meta,
+    )
+
+
+def test_a_leaf_that_is_not_used_stays_as_it_was() -> None:
+    fitted = fit(half_used(), TASKS, adam, steps=3)
+    assert fitted.meta["used"] < 3
+    assert fitted.meta["unused"] == 5
+
+
+def test_a_loss_of_nothing_that_is_learned_is_an_error() -> None:
+    algorithm = half_used()._replace(loss=lambda meta, tasks, seed=0: meta["used"].detach() + 1)
+    with pytest.raises(fm.DetachedError, match=r"depends on no leaf of meta that requires grad\. Compute it from meta"):
+        fit(algorithm, TASKS, adam, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "spread", "message"),
+    [
+        (
+            fm.EvolutionStrategies(0.1, 4, share=(1, 2)),
+            "tasks",
+            r"EvolutionStrategies has the shares \[\(1, 2\)\], .* 1",
+        ),
+        (fm.PersistentES(0.1, 4, 2, share=(0, 2)), "particles", r"has the shares \[\(0, 2\)\], .* need \[\(0, 1\)\]"),
+        (
+            fm.Truncated(1, fm.EvolutionStrategies(0.1, 4, share=(1, 2))),
+            "tasks",
+            r"Build it with share=\(rank, ranks\)",
+        ),
+        (fm.Reverse(), "particles", r"spread is 'particles', but Reverse has none, .* Pass spread='tasks'"),
+    ],
+)
+def test_a_share_that_does_not_go_with_the_spread(estimator: Any, spread: Any, message: str, tmp_path: Path) -> None:
+    case = plain(estimator=estimator)
+    with pytest.raises(fm.ArgumentError, match=message):
+        run(case, spread=spread, folder=Folder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_streams_are_shared_by_tasks_only() -> None:
+    case = KINDS["reading"]()
+    with pytest.raises(fm.ArgumentError, match="spread is 'particles', but of streams processes share tasks only"):
+        run(case, spread="particles")
 
 
 # --- arguments
