@@ -54,14 +54,13 @@ def progress(steps: int) -> Iterator[Watch]:
     if Ranks.here().rank:
         yield lambda record: None
         return
-    text = TextColumn
+    console, text = Console(stderr=True, force_terminal=sys.stderr.isatty()), TextColumn  # whatever FORCE_COLOR says
     columns = (MofNCompleteColumn(), BarColumn(None), text("{task.fields[rate]}"), TimeElapsedColumn(), text("elapsed"))
-    slow = {"speed_estimate_period": math.inf}  # steps may take longer than the 30 seconds that rich looks back
-    bar = Progress(*columns, Remaining(), text("left"), expand=True, **slow)
+    period = math.inf  # steps may take longer than the 30 seconds that rich looks back otherwise
+    bar = Progress(*columns, Remaining(), text("left"), console=console, expand=True, speed_estimate_period=period)
     task = bar.add_task("", total=steps, rate="")
     loss: float | None = None
     validation: Mean | None = None
-    console = Console(stderr=True, force_terminal=sys.stderr.isatty())  # whatever FORCE_COLOR says
 
     with Live(bar, console=console, refresh_per_second=4) as live:
 
