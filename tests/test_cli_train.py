@@ -58,19 +58,22 @@ def test_every_algorithm_trains_is_judged_and_goes_on(algorithm: str, tmp_path: 
     assert "the run went on" not in page.lower()
     found = json.loads((out / "evaluation.json").read_text())
     assert found["split"] == "test"
+    assert found["higher_is_better"] is (found["score"] == "query accuracy")
     assert len(found["scores"]) == found["number"] == 3
     assert found["mean"] == pytest.approx(sum(found["scores"]) / 3)
     again = call("train", "--out", str(out), "--resume", "--steps", "6")
     assert again.exit_code == 0, again.output
     assert "Ended after step 6" in again.output
-    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert steps == list(range(7))
+    *lines, last = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines] == list(range(7))
+    assert last == {"ended": "steps"}
+    assert "Ended at step 6, the last one." in (out / "report.html").read_text()
     del meta
 
 
 def test_the_best_of_an_accuracy_is_the_highest(tmp_path: Path) -> None:
     assert train("maml", tmp_path, "--meta-lr", "0.05", "--queries", "4").exit_code == 0
-    lines = [json.loads(line)["validation"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line).get("validation") for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     best = max(line["value"] for line in lines if line)
     assert re.search(rf"best validation, step \d</span><b>{best:.3f} ±", (tmp_path / "report.html").read_text())
 
@@ -238,7 +241,8 @@ def test_a_signal_ends_the_command_with_a_line(number: signal.Signals, tmp_path:
     assert f"Stopped by {number.name} after step " in text
     assert f"To go on: funcmeta train --out {tmp_path} --resume" in text
     assert not (tmp_path / "report.html").exists()
-    step = len(log.read_text().splitlines())
+    step = len(log.read_text().splitlines()) - 1
+    assert json.loads(log.read_text().splitlines()[-1]) == {"ended": number.name}
     assert [path.name for path in (tmp_path / "checkpoints").glob(f"*{step:08d}*")]
     resumed = call("train", "--out", str(tmp_path), "--resume", "--steps", str(step + 1))
     assert f"Ended after step {step + 1}" in resumed.output

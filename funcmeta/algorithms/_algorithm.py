@@ -39,17 +39,19 @@ class Adapt(Protocol):
 
 
 class Algorithm(NamedTuple):
-    """A meta-learning algorithm as three functions; the outer loop around them is ordinary PyTorch.
+    """A meta-learning algorithm as functions; the outer loop around them is ordinary PyTorch.
 
     Attributes:
         init: () → meta, fresh leaves that require grad.
         loss: (meta, tasks, seed=0) → 0-d mean loss over stacked tasks, attached to meta.
         adapt: (meta, task, seed=0, evaluate=False) → predict, the module trained on one task's support; with
             ``evaluate`` it predicts in eval mode.
+        estimator: what ``loss`` computes its meta-gradient by, on every leaf that requires grad; None in an algorithm
+            of your own where ``fit`` shall not count on that.
 
     Examples:
         >>> Algorithm._fields
-        ('init', 'loss', 'adapt')
+        ('init', 'loss', 'adapt', 'estimator')
 
     Source: this library.
     """
@@ -57,6 +59,7 @@ class Algorithm(NamedTuple):
     init: Callable[[], Meta]
     loss: MetaLoss
     adapt: Adapt
+    estimator: Estimator | None = None
 
 
 def inner_loop(
@@ -109,4 +112,4 @@ def algorithm_of(
             state = unroll(unjudged, constant, task, steps=steps, seed=seed).state
         return Predict(model, {**constant["params"], **state.params}, state.buffers, train=False if evaluate else train)
 
-    return Algorithm(init, loss, adapt)
+    return Algorithm(init, loss, adapt, estimator)

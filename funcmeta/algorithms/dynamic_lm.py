@@ -86,10 +86,11 @@ class DynamicLanguageModel(NamedTuple):
         loss: (meta, task, carry=None) → ``Unrolled``: the mean loss over the next window of the stream, and its carry.
         adapt: (meta, task, carry=None) → ``Reading``: the stream read to its end, without a graph.
         problem: for ``unroll``; one step reads one segment.
+        estimator: what ``loss`` computes its meta-gradient by.
 
     Examples:
         >>> DynamicLanguageModel._fields
-        ('init', 'loss', 'adapt', 'problem')
+        ('init', 'loss', 'adapt', 'problem', 'estimator')
 
     Source: this library.
     """
@@ -98,6 +99,7 @@ class DynamicLanguageModel(NamedTuple):
     loss: Window
     adapt: Read
     problem: Problem
+    estimator: Estimator
 
 
 def build(
@@ -180,7 +182,7 @@ def build(
             out = unroll(problem, tree.detach(meta), task, steps=_left(task, carry), carry=carry)
         return Reading(out.info.aux, out.carry)
 
-    return DynamicLanguageModel(init, loss, adapt, problem)
+    return DynamicLanguageModel(init, loss, adapt, problem, estimator)
 
 
 def _left(task: Task, carry: Carry | None) -> int:

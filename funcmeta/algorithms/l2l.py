@@ -69,10 +69,11 @@ class L2L(NamedTuple):
             last; what ``windows`` repeats, for those who keep the carry themselves.
         imitation: (meta, tasks, seed=0) → 0-d loss, how far the updates are from the teacher's in one window.
         problem: the training as a ``Problem``, for ``unroll``, ``check_meta_grad`` or ``horizon_report``.
+        estimator: what the windows compute their meta-gradients by.
 
     Examples:
         >>> L2L._fields
-        ('init', 'loss', 'adapt', 'windows', 'begin', 'window', 'imitation', 'problem')
+        ('init', 'loss', 'adapt', 'windows', 'begin', 'window', 'imitation', 'problem', 'estimator')
 
     Source: this library.
     """
@@ -85,6 +86,7 @@ class L2L(NamedTuple):
     window: Window
     imitation: MetaLoss
     problem: Problem
+    estimator: Estimator
 
 
 def build(
@@ -278,7 +280,7 @@ def build(
             state = unroll(plain, tree.detach(meta), task, steps=length_of(seed), seed=seed).state
         return Predict(model, state.params, state.buffers, train=False if evaluate else train)
 
-    return L2L(init, loss, adapt, windows, begin, window_of, imitation, unjudged)
+    return L2L(init, loss, adapt, windows, begin, window_of, imitation, unjudged, estimator)
 
 
 def _parts(steps: int, window: int, *, least: int) -> list[int]:

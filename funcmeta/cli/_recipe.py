@@ -151,7 +151,7 @@ def _few_shot(settings: Settings, ranks: Ranks) -> Recipe:
         lambda part: topic.sampler(part, _dtype(settings)),
         score,
         topic.score_name,
-        topic.score_name == "query accuracy",
+        topic.higher_is_better,
         _spread(settings),
     )
 

@@ -28,6 +28,7 @@ class Subject:
     loss: Callable[[Meta, Predict, Batch], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]
     score_name: str
+    higher_is_better: bool = False
 
 
 def subject(
@@ -76,6 +77,7 @@ def subject(
         _cross_entropy,
         lambda out, y: (out.argmax(-1) == y).to(out.dtype).mean(),
         "query accuracy",
+        higher_is_better=True,
     )
 
 

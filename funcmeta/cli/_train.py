@@ -68,7 +68,7 @@ def train(
         )
         watching.close()
         if first and fitted.ended in ("steps", "patience"):
-            report(out, higher_is_better=made.higher_is_better)
+            report(out)
         return _told(fitted, out, console, time.perf_counter() - began, max if made.higher_is_better else min)
 
 
@@ -96,6 +96,7 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
     content = {
         "split": part,
         "score": made.score_name,
+        "higher_is_better": made.higher_is_better,
         "mean": found.mean.value,
         "margin": found.mean.margin,
         "at_first": before.mean._asdict(),
@@ -105,7 +106,7 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
         "number": count,
     }
     _tree_file.put(folder / RESULT, json.dumps(content, indent=1).encode())
-    page = report(folder, higher_is_better=made.higher_is_better)
+    page = report(folder)
     console.print(f"Wrote {folder / RESULT} and {page}.", highlight=False, soft_wrap=True)
 
 

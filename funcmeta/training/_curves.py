@@ -1,6 +1,7 @@
 """The curves of a run as pictures inside of a page, which take their colours from it."""
 
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ POINTS = 300
 
 SHARE = 50
 """The running median is that over one part of so many of the steps."""
+
+EDGE = 1e100
+"""What is larger, or as far below 0, is drawn here: matplotlib can not draw what is near the largest float64."""
 
 _COLORS = {name: f"#0000{number:02x}" for number, name in enumerate(("text", "line", "noise", "grid", "mark"), 1)}
 """Stand-ins for the page's colours, which no picture has otherwise."""
@@ -81,8 +85,8 @@ def plain(name: str, label: str, steps: Sequence[int], values: Sequence[float | 
 
 def means(name: str, label: str, steps: Sequence[int], found: Sequence[Mean], best: int | None) -> Panel:
     """Means with their intervals as a band, and a ring around the best."""
-    x, value = np.asarray(steps, float), np.array([each.value for each in found], float)
-    margin = np.array([each.margin for each in found], float)
+    x, value = np.asarray(steps, float), _drawable([each.value for each in found])
+    margin = _drawable([each.margin for each in found])
     panel = Panel(name, label)
     panel.axes.fill_between(x, value - margin, value + margin, color=_COLORS["noise"], alpha=0.45, linewidth=0)
     small = {"marker": "o", "markersize": 3.5} if len(x) <= 60 else {}
@@ -95,13 +99,14 @@ def means(name: str, label: str, steps: Sequence[int], found: Sequence[Mean], be
 def histogram(name: str, label: str, scores: Sequence[float], mean: Mean, before: Mean | None) -> Panel:
     """How often which score was met, the mean, and the mean of before."""
     panel = Panel(name, label, "score of a task")
-    known = np.asarray(scores, float)
+    known = _drawable(scores)
     known = known[np.isfinite(known)]
     bins = int(np.clip(len(known) ** 0.5 * 1.5, 5, 40))
-    panel.axes.hist(known, bins=bins, color=_COLORS["noise"], edgecolor=_COLORS["line"], linewidth=0.8)
-    panel.axes.axvline(mean.value, color=_COLORS["line"], linewidth=2)
-    if before is not None:
-        panel.axes.axvline(before.value, color=_COLORS["text"], linewidth=1.5, linestyle="--")
+    ends = _apart(known.min(), known.max()) if len(known) else None
+    panel.axes.hist(known, bins=bins, range=ends, color=_COLORS["noise"], edgecolor=_COLORS["line"], linewidth=0.8)
+    here, there = _drawable([mean.value, math.nan if before is None else before.value])
+    panel.axes.axvline(here, color=_COLORS["line"], linewidth=2)
+    panel.axes.axvline(there, color=_COLORS["text"], linewidth=1.5, linestyle="--")
     panel.axes.set_ylabel("tasks")
     return panel
 
@@ -116,9 +121,22 @@ def mark_alarms(panel: Panel, records: Sequence[Record]) -> None:
 
 
 def _known(steps: Sequence[int], values: Sequence[float | None]) -> tuple[Array, Array]:
-    x, y = np.asarray(steps, float), np.array(values, float)  # None becomes NaN
+    x, y = np.asarray(steps, float), _drawable(values)
     finite = np.isfinite(y)
     return x[finite], y[finite]
+
+
+def _drawable(values: Sequence[float | None]) -> Array:
+    """The values as far as they can be drawn; None becomes NaN, and what is infinite remains it."""
+    y = np.array(values, float)
+    return np.where(np.isinf(y), y, y.clip(-EDGE, EDGE))
+
+
+def _apart(low: float, high: float) -> tuple[float, float]:
+    """Both ends of a range, made wider where they are too close for bins between them."""
+    size = max(abs(low), abs(high))
+    room = 0.5 * max(1.0, size) if high - low <= 1e-9 * size else 0.0
+    return low - room, high + room
 
 
 def _thinned(x: Array, y: Array) -> tuple[Array, Array]:

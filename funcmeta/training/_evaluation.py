@@ -33,8 +33,9 @@ class Mean(NamedTuple):
     margin: float
 
     def __format__(self, sign: str) -> str:
-        """Both, to three decimals; ``+`` shows the sign."""
-        return f"{self.value:{sign}.3f} ± {self.margin:.3f}"
+        """Both, to three decimals, or to four digits where they are large; ``+`` shows the sign."""
+        digits = ".3f" if max(abs(self.value), self.margin) < 1e6 else ".4g"
+        return f"{self.value:{sign}{digits}} ± {self.margin:{digits}}"
 
     @classmethod
     def of(cls, scores: Tensor) -> "Mean":

@@ -7,7 +7,7 @@ import torch
 
 from funcmeta import rng, tree
 from funcmeta._check import check_choice, check_count, check_positive
-from funcmeta._errors import ArgumentError
+from funcmeta._errors import ArgumentError, DivergenceError
 from funcmeta._typing import Meta
 from funcmeta.tasks import Sampler, Streams
 from funcmeta.training._carries import Spread
@@ -101,8 +101,10 @@ def fit(
         than a step takes.
 
     Raises:
-        ArgumentError: a number is out of range, ``batch_size`` can not be shared among the processes, nothing is
-            learned, the folder has a run that is not to be resumed, or the run was begun with other settings.
+        ArgumentError: a number is out of range, ``batch_size`` can not be shared among the processes, ``spread`` and
+            the ``share`` of the estimator do not go together, nothing is learned, the folder has a run that is not to
+            be resumed, or the run was begun with other settings.
+        DetachedError: the loss depends on nothing that is learned.
         DataError: a checkpoint can not be read, or needs a class that is not imported.
         SaveError: the system does not take a file.
         LostProcessError: another process ended, or can not be reached.
@@ -140,6 +142,7 @@ def fit(
             f"batch_size is {batch_size}, which {ranks.number} processes can not share evenly. Pass a multiple."
         )
     aim = objective(algorithm, tasks, spread)
+    ranks.check_share(algorithm, spread)
     own = _owned(algorithm.init() if meta is None else meta)
     plan = Plan(seed, batch_size, accumulate, clip, alarm, validation, spread)
     run = Run(aim, own, optimizer, scheduler, plan, ranks)
@@ -148,8 +151,10 @@ def fit(
     with Signals() as signals:
         ended = _loop(run, steps, store, records, watch, signals)
     learned = run.learned()
-    if store and ranks.rank == 0 and ended in ("steps", "patience"):
-        store.finish(learned)
+    if store and ranks.rank == 0:
+        if ended in ("steps", "patience"):
+            store.finish(learned)
+        store.end(ended)
     return Fitted(learned, run.step, ended, tuple(records), run.alarms)
 
 
@@ -198,7 +203,12 @@ def _loop(
         if run.validation and (run.step % run.validation.every == 0 or run.step == steps):
             record = run.validated(record)
         note(record)
-        run.stop_if_told(record)
+        try:
+            run.stop_if_told(record)
+        except DivergenceError:
+            if store and run.ranks.rank == 0:
+                store.end("alarm")
+            raise
         if run.step == 1 and store:
             encode(run.saved([lane.carry for lane in run.lanes]))
         if store and store.is_due(run.step):

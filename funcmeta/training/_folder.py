@@ -10,13 +10,16 @@ from funcmeta._errors import ArgumentError, DataError
 from funcmeta.training import _tree_file
 from funcmeta.training._evaluation import Mean
 
+COUNTED = 2**53
+"""Steps, alarms and seconds are fewer: the integers that a float64 counts."""
+
 
 class Folder(NamedTuple):
     """Where a run is kept, and how it is taken up again.
 
-    ``checkpoints/step-*.safetensors`` hold all that a run needs to go on, ``log.jsonl`` has a line for every step, and
-    ``meta.safetensors`` is what was learned. Each file is there whole or not at all, but for
-    the log, to which lines are added.
+    ``checkpoints/step-*.safetensors`` hold all that a run needs to go on, ``log.jsonl`` has a line for every step and
+    one for how the run ended, and ``meta.safetensors`` is what was learned. Each file is there whole or not at all, but
+    for the log, to which lines are added.
 
     Attributes:
         path: the folder; it is made.
@@ -51,6 +54,8 @@ class Record(NamedTuple):
         seconds: time that the step took.
         alarm: why the step was left out, or None.
         validation: the ``Mean`` on held-out tasks after the step, or None.
+        best: whether that is the best so far.
+        alarms: steps that were left out so far, this one included.
 
     Examples:
         >>> Record(1, 0.7, 2.0, 0.001, 0.1).alarm is None
@@ -66,6 +71,15 @@ class Record(NamedTuple):
     seconds: float
     alarm: str | None = None
     validation: Mean | None = None
+    best: bool = False
+    alarms: int = 0
+
+
+class Log(NamedTuple):
+    """What a log says: the steps, and how the run ended, or None while it runs and after it was killed."""
+
+    records: list[Record]
+    ended: str | None
 
 
 class Store:
@@ -119,14 +133,18 @@ class Store:
 
     def begin_log(self, step: int) -> list[Record]:
         """Keep the lines up to a step, as records; what a killed process noted after it is dropped."""
-        found = read_log(self._log) if self._log.exists() else []
-        records = [each for each in found if each is not None and each.step <= step]
+        found = read_log(self._log).records if self._log.exists() else []
+        records = [each for each in found if each.step <= step]
         _tree_file.put(self._log, "".join(_line(each) for each in records).encode())
         return records
 
     def note(self, record: Record) -> None:
         """Add a line to the log."""
         _tree_file.append(self._log, _line(record).encode())
+
+    def end(self, ended: str) -> None:
+        """Add the last line to the log: how the run ended."""
+        _tree_file.append(self._log, f"{json.dumps({'ended': ended})}\n".encode())
 
     def _found(self) -> list[Path]:
         return sorted(self._checkpoints.glob("step-*.safetensors"), reverse=True)
@@ -136,30 +154,66 @@ def _line(record: Record) -> str:
     return json.dumps(record._asdict() | {"validation": record.validation and record.validation._asdict()}) + "\n"
 
 
-def read_log(path: Path) -> list[Record | None]:
-    """The record of each line of a log; None for a line that is none, as the half one that a killed process leaves.
+def read_log(path: Path) -> Log:
+    """What a log says. Half a line at its end, which a killed process left, is dropped.
 
     Raises:
-        DataError: the file can not be read as text.
+        DataError: the file can not be read as text, or a line of it is none that ``Store`` writes.
     """
     try:
-        return [_record(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} can not be read: {error}. Pass the folder of a run, with a whole log.jsonl."
         ) from error
+    log, lines = Log([], None), text.removesuffix("\n").split("\n") if text else []
+    for number, line in enumerate(lines, 1):
+        try:
+            log = _with_line(log, json.loads(line))
+        except (ValueError, TypeError, RecursionError) as error:
+            if number == len(lines) and not text.endswith("\n"):
+                break
+            raise DataError(
+                f"Line {number} of {path} is no record of a step: {error}. The file is damaged: restore it, or remove "
+                f"the line."
+            ) from error
+    return log
 
 
-def _record(line: str) -> Record | None:
-    """The record of a line; None for what is none, as the half line that a killed process left."""
-    try:
-        found = json.loads(line)
-        record = Record(**found | {"validation": found["validation"] and Mean(**found["validation"])})
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    numbers = (record.rate, record.seconds, record.loss or 0, record.norm or 0, *(record.validation or ()))
-    whole = type(record.step) is int and all(isinstance(each, int | float) for each in numbers)
-    return record if whole and isinstance(record.alarm, str | None) else None
+def _with_line(log: Log, found: Any) -> Log:
+    """The log with one more line, if it is one that can come next."""
+    if not isinstance(found, dict):
+        raise TypeError(f"it is a {type(found).__name__}")
+    if log.ended is not None:
+        raise ValueError("the run ended before")
+    if found.keys() == {"ended"} and isinstance(found["ended"], str):
+        return log._replace(ended=found["ended"])
+    record = Record(**found)
+    if record.validation is not None:
+        record = record._replace(validation=Mean(**found["validation"]))
+    last = log.records[-1].step if log.records else -1
+    good = {
+        "step": type(record.step) is int and last < record.step < COUNTED,
+        "loss": record.loss is None or _is_finite(record.loss),
+        "norm": record.norm is None or _is_finite(record.norm),
+        "rate": type(record.rate) is float,
+        "seconds": _is_finite(record.seconds) and 0 <= record.seconds < COUNTED,
+        "alarm": isinstance(record.alarm, str | None),
+        "validation": record.validation is None
+        or (_is_finite(record.validation.value) and type(record.validation.margin) is float),
+        "best": type(record.best) is bool,
+        "alarms": type(record.alarms) is int and 0 <= record.alarms < COUNTED,
+    }
+    for name, value in record._asdict().items():
+        if not good[name]:
+            after = f" after {last}" if name == "step" and log.records else ""
+            raise ValueError(f"its {name} is {value!r:.40}{after}")
+    log.records.append(record)
+    return log
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value)
 
 
 def finite(value: float) -> float | None:

@@ -54,6 +54,10 @@ def objective(algorithm: Any, tasks: Sampler | Streams, spread: Spread = "tasks"
     if isinstance(algorithm, dynamic_lm.DynamicLanguageModel):
         if not isinstance(tasks, Streams):
             raise ArgumentError(f"tasks is a {type(tasks).__name__}, expected streams. Pass Corpus.streams(...).")
+        if spread != "tasks":
+            raise ArgumentError(
+                f"spread is {spread!r}, but of streams processes share tasks only. Pass spread='tasks'."
+            )
         return _Streams(algorithm, tasks)
     if isinstance(tasks, Streams):
         raise ArgumentError("tasks are streams, which only dynamic_lm reads. Pass a sampler of tasks.")
@@ -61,7 +65,7 @@ def objective(algorithm: Any, tasks: Sampler | Streams, spread: Spread = "tasks"
         raise ArgumentError(f"tasks is a {type(tasks).__name__}, expected a sampler. Pass e.g. tasks.glyphs().")
     if isinstance(algorithm, l2l.L2L):
         return _Windows(algorithm, tasks, spread)
-    if all(callable(getattr(algorithm, name, None)) for name in Algorithm._fields):
+    if all(callable(getattr(algorithm, name, None)) for name in ("init", "loss", "adapt")):
         return _Whole(algorithm, tasks)
     raise ArgumentError(
         f"algorithm is a {type(algorithm).__name__}, expected what algorithms.<name>.build(...) returns. Pass an "
@@ -86,7 +90,7 @@ class _Whole:
         return self.algorithm.loss(meta, batch, seed=seed), None
 
     def may_leave_out(self, meta: Meta) -> bool:
-        return not isinstance(self.algorithm, Algorithm)  # ours say themselves that a leaf is not reached
+        return getattr(self.algorithm, "estimator", None) is None  # ours say themselves that a leaf is not reached
 
     def part_of_batch(self, batch: Task, rows: slice) -> Task:
         support, query = take(tuple(batch[:2]), rows)

@@ -14,7 +14,7 @@ main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 48px; }
 h1 { margin: 0; font-size: 1.75rem; line-height: 1.2; overflow-wrap: anywhere; }
 h2 { margin: 36px 0 12px; font-size: 1.15rem; }
 p { margin: 6px 0; }
-.faint, figcaption, th, dt { color: var(--faint); }
+.faint, figcaption, caption, th, dt { color: var(--faint); }
 .faint { overflow-wrap: anywhere; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 22px; }
 .tile, figure, .card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; }
@@ -33,7 +33,8 @@ svg { display: block; width: 100%; height: auto; margin-top: 8px; }
 svg text { font-family: inherit; }
 .card { padding: 6px 16px; overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-size: .85rem; font-weight: 500; }
+caption, th { text-align: left; font-size: .85rem; font-weight: 500; }
+caption { padding: 6px 0 2px; }
 th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--edge); vertical-align: top; }
 tr:last-child > td { border-bottom: 0; }
 td { overflow-wrap: break-word; }
@@ -93,15 +94,21 @@ def chart(title: str, text: str, svg: str) -> str:
     return f"<figure>\n<figcaption><b>{escape(title)}</b>{escape(text)}</figcaption>\n{svg}\n</figure>\n"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table. Columns whose head ends with ``#`` are numbers."""
+def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table with what it shows above it. Columns whose head ends with ``#`` are numbers."""
     classes = [' class="number"' if head.endswith("#") else "" for head in heads]
-    top = "".join(f"<th{kind}>{escape(head.removesuffix('#'))}</th>" for kind, head in zip(classes, heads, strict=True))
+    top = "".join(
+        f'<th scope="col"{kind}>{escape(head.removesuffix("#"))}</th>'
+        for kind, head in zip(classes, heads, strict=True)
+    )
     body = "".join(
         "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(classes, row, strict=True)) + "</tr>\n"
         for row in rows
     )
-    return f'<div class="card"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
+    return (
+        f'<div class="card"><table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{top}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody>\n</table></div>"
+    )
 
 
 def pairs(entries: Iterable[tuple[str, str]]) -> str:

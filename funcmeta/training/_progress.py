@@ -1,5 +1,7 @@
 """A bar in the terminal that follows a training."""
 
+import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +10,7 @@ from funcmeta._errors import MissingExtraError
 from funcmeta.training._evaluation import Mean
 from funcmeta.training._fit import Watch
 from funcmeta.training._folder import Record
+from funcmeta.training._ranks import Ranks
 
 KEPT = 0.9
 """The part of the smoothed loss that a step leaves as it is."""
@@ -19,7 +22,7 @@ def progress(steps: int) -> Iterator[Watch]:
 
     It shows the loss (ℓ ← 0.9 · ℓ + 0.1 · loss), the norm of the last meta-gradient, the last validation, the number
     of steps that were left out if there are any, steps per second, and time. A resumed run begins where it is taken up.
-    What is no terminal gets the last state only, when the block ends.
+    What is no terminal gets the last state only, when the block ends. Of several processes the first one draws.
 
     Args:
         steps: outer steps in all, as for ``fit``.
@@ -48,22 +51,24 @@ def progress(steps: int) -> Iterator[Watch]:
         raise MissingExtraError(
             'The progress bar needs rich, which the extra demo brings. Run pip install ".[demo]" in a checkout.'
         ) from error
-    text = TextColumn
+    if Ranks.here().rank:
+        yield lambda record: None
+        return
+    console, text = Console(stderr=True, force_terminal=sys.stderr.isatty()), TextColumn  # whatever FORCE_COLOR says
     columns = (MofNCompleteColumn(), BarColumn(None), text("{task.fields[rate]}"), TimeElapsedColumn(), text("elapsed"))
-    bar = Progress(*columns, Remaining(), text("left"), expand=True)
+    period = math.inf  # steps may take longer than the 30 seconds that rich looks back otherwise
+    bar = Progress(*columns, Remaining(), text("left"), console=console, expand=True, speed_estimate_period=period)
     task = bar.add_task("", total=steps, rate="")
     loss: float | None = None
     validation: Mean | None = None
-    alarms = 0
 
-    with Live(bar, console=Console(stderr=True), refresh_per_second=4) as live:
+    with Live(bar, console=console, refresh_per_second=4) as live:
 
         def watch(record: Record) -> None:
-            nonlocal loss, validation, alarms
+            nonlocal loss, validation
             if record.loss is not None:
                 loss = record.loss if loss is None else KEPT * loss + (1 - KEPT) * record.loss
             validation = record.validation or validation
-            alarms += record.alarm is not None
             bar.update(task, completed=record.step)
             speed = bar.tasks[task].speed
             bar.update(task, rate="" if speed is None else f"{speed:.3g} steps/s")
@@ -73,8 +78,8 @@ def progress(steps: int) -> Iterator[Watch]:
                 *([] if validation is None else [f"validation {validation}"]),
             ]
             line = Text("   ".join(shown))
-            if alarms:
-                line.append(f"   {alarms} alarm{'s' if alarms > 1 else ''}", style="bold red")
+            if record.alarms:
+                line.append(f"   {record.alarms} alarm{'s' if record.alarms > 1 else ''}", style="bold red")
             live.update(Group(bar, line))
 
         yield watch

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from funcmeta import tree
-from funcmeta._errors import FuncmetaError, LostProcessError, NonFiniteError
+from funcmeta._errors import ArgumentError, DetachedError, FuncmetaError, LostProcessError, NonFiniteError
 from funcmeta._typing import Meta
+from funcmeta.estimators import Truncated
+from funcmeta.training._carries import Spread
 from funcmeta.training._objective import Objective
 
 
@@ -42,6 +44,30 @@ class Ranks:
         with self.together():
             dist.all_gather_object(found, value)
         return found
+
+    def check_share(self, algorithm: Any, spread: Spread) -> None:
+        """Raise unless the particles that an estimator runs here are those that are left to this process.
+
+        Nothing is known about an algorithm that does not name its estimator.
+        """
+        estimator = getattr(algorithm, "estimator", None)
+        while isinstance(estimator, Truncated):
+            estimator = estimator.estimator
+        if estimator is None:
+            return
+        shares = self.gathered(getattr(estimator, "share", None))
+        if spread == "particles" and None in shares:
+            raise ArgumentError(
+                f"spread is 'particles', but {type(estimator).__name__} has none, so that all processes would do the "
+                f"same. Pass spread='tasks'."
+            )
+        wanted = [(rank, self.number) if spread == "particles" else (0, 1) for rank in range(self.number)]
+        if None not in shares and shares != wanted:
+            raise ArgumentError(
+                f"{type(estimator).__name__} has the shares {shares}, in the order of the ranks, where "
+                f"spread={spread!r} and {self.number} processes need {wanted}. Build it with share=(rank, ranks) and "
+                f"pass spread='particles', or without share for spread='tasks'."
+            )
 
     def begin_alike(self, leaves: Sequence[Tensor]) -> None:
         """Give every process the values of the first one."""
@@ -107,4 +133,9 @@ class _Loss(nn.Module):
             self.carry, self.trouble = None, str(error)
             return torch.stack([0 * leaf.sum() for leaf in self.learned]).sum()
         self.trouble = None
+        if not loss.requires_grad:
+            raise DetachedError(
+                "The loss of the algorithm depends on no leaf of meta that requires grad. Compute it from meta, "
+                "without detach() or torch.no_grad()."
+            )
         return loss

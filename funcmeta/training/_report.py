@@ -3,7 +3,7 @@
 import json
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from funcmeta._errors import DataError
 from funcmeta._machine import machine
 from funcmeta.training import _curves, _page, _tree_file
 from funcmeta.training._evaluation import Mean
-from funcmeta.training._folder import Record, read_log
+from funcmeta.training._folder import Log, Record, read_log
 
 SHOWN = 10
 """Of a long table so many of the first and of the last rows are shown."""
@@ -20,16 +20,16 @@ SHOWN = 10
 Row = tuple[str, ...]
 
 
-def report(folder: str | Path, *, higher_is_better: bool = False) -> Path:
+def report(folder: str | Path) -> Path:
     """Write ``report.html``, a page for the browser with everything that the folder of a run knows.
 
-    It has the result, the alarms, curves over the outer steps, the settings if there is a ``config.toml``, the scores
-    of held-out tasks if there is an ``evaluation.json``, and the machine on which it is written. The page is one file:
-    it asks for nothing from elsewhere and runs no script. A run that is not at its end can be reported on, too.
+    It has the result, how the run ended, the alarms, curves over the outer steps, the settings if there is a
+    ``config.toml``, the scores of held-out tasks if there is an ``evaluation.json``, and the machine on which it is
+    written. The page is one file: it asks for nothing from elsewhere and runs no script. A run that is not at its end
+    can be reported on, too.
 
     Args:
         folder: the folder of a run, as given to ``Folder``.
-        higher_is_better: whether validation's score is to be high, as for ``Validation``.
 
     Returns:
         The path of the page.
@@ -48,22 +48,22 @@ def report(folder: str | Path, *, higher_is_better: bool = False) -> Path:
     Source: this library.
     """
     folder = Path(folder)
-    records = _records(folder)
+    records, ended = _log(folder)
     config, judged = _config(folder / "config.toml"), _judged(folder / "evaluation.json")
-    best = _best(records, max if higher_is_better else min)
+    best = next((each for each in reversed(records) if each.best), None)
+    steps = config["steps"] if type(config.get("steps")) is int else records[-1].step
     name = _name(config) or folder.name
-    done = "" if (folder / "meta.safetensors").exists() else " The run is not at its end."
     written = f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     parts = [
-        _tiles(records, best, judged),
+        _tiles(records, steps, best, judged),
         *_alarms(records),
         _page.section("Training", _page.columns(_charts(records, best))),
-        *([] if judged is None else [_tasks(judged, higher_is_better, _is_stale(folder))]),
+        *([] if judged is None else [_tasks(judged, _is_stale(folder))]),
         *([] if not config else [_page.section("Settings", _page.pairs(_texts(config)))]),
         _page.section("Machine", _page.paragraph("Where this page was written."), _page.pairs(_texts(machine()))),
     ]
     path = folder / "report.html"
-    content = _page.page(name, f"Folder {folder}, written {written}.{done}", parts)
+    content = _page.page(name, f"{_ending(records[-1].step, steps, ended)} Folder {folder}, written {written}.", parts)
     _tree_file.put(path, content.encode(errors="replace"))
     return path
 
@@ -73,23 +73,33 @@ class _Judged(NamedTuple):
 
     part: str
     score: str
+    higher_is_better: bool
     mean: Mean
     at_first: Mean
     difference: Mean
     scores: list[float]
 
 
-def _records(folder: Path) -> list[Record]:
+def _log(folder: Path) -> Log:
     path = folder / "log.jsonl"
     if not path.exists():
         raise DataError(f"{folder} has no log.jsonl. Pass the folder of a run.")
-    found = read_log(path)
-    if None in found[:-1]:
-        raise DataError(f"Line {found.index(None) + 1} of {path} is no record of a step. The file is damaged.")
-    records = [each for each in found if each is not None]
-    if not records:
+    log = read_log(path)
+    if not log.records:
         raise DataError(f"{path} has no step yet. Report on the run when it has taken one.")
-    return records
+    return log
+
+
+def _ending(step: int, steps: int, ended: str | None) -> str:
+    """How a run ended that is at a step and was to take so many."""
+    at = f"step {step} of {steps}" if step < steps else f"step {step}"
+    if ended is None or (ended == "steps" and step < steps):
+        return f"At {at}, without an end in its log: the run goes on, failed, or was killed."
+    if ended == "steps":
+        return f"Ended at {at}, the last one."
+    if ended == "patience":
+        return f"Ended at {at}, as validation got no better."
+    return f"Stopped at {at} by {'an alarm' if ended == 'alarm' else ended}."
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -106,10 +116,13 @@ def _judged(path: Path) -> _Judged | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        first, difference = found["at_first"], found["difference"]
+        first, difference, higher = found["at_first"], found["difference"], found["higher_is_better"]
+        if not isinstance(higher, bool):
+            raise TypeError(f"higher_is_better is {higher!r}")
         return _Judged(
             str(found["split"]),
             str(found["score"]),
+            higher,
             Mean(float(found["mean"]), float(found["margin"])),
             Mean(float(first["value"]), float(first["margin"])),
             Mean(float(difference["value"]), float(difference["margin"])),
@@ -122,22 +135,11 @@ def _judged(path: Path) -> _Judged | None:
         ) from error
 
 
-def _best(records: Sequence[Record], choose: Callable[..., Record]) -> Record | None:
-    """The first record with the best validation."""
-    known = [each for each in records if each.validation and math.isfinite(each.validation.value)]
-    return choose(known, key=_value) if known else None
-
-
-def _value(record: Record) -> float:
-    assert record.validation is not None
-    return record.validation.value
-
-
-def _tiles(records: Sequence[Record], best: Record | None, judged: _Judged | None) -> str:
-    alarms = sum(each.alarm is not None for each in records)
+def _tiles(records: Sequence[Record], steps: int, best: Record | None, judged: _Judged | None) -> str:
+    alarms, step = records[-1].alarms, records[-1].step
     losses = [each.loss for each in records if each.loss is not None]
     entries = [
-        ("outer steps", f"{records[-1].step}", ""),
+        ("outer steps", f"{step} of {steps}" if step < steps else f"{step}", ""),
         ("time in outer steps", _duration(sum(each.seconds for each in records)), ""),
     ]
     if losses:
@@ -157,7 +159,10 @@ def _alarms(records: Sequence[Record]) -> list[str]:
         return []
     first, last, left_out = _ends(found)
     text = _page.paragraph(f"{len(found)} step{'s were' if len(found) > 1 else ' was'} left out.{left_out}")
-    return [_page.section("Alarms", text, *(_page.table(("step#", "reason"), part) for part in (first, last) if part))]
+    parts = [("The first alarms" if last else "All alarms", first), ("The last alarms", last)]
+    return [
+        _page.section("Alarms", text, *(_page.table(name, ("step#", "reason"), part) for name, part in parts if part))
+    ]
 
 
 def _charts(records: Sequence[Record], best: Record | None) -> list[str]:
@@ -195,18 +200,19 @@ def _charts(records: Sequence[Record], best: Record | None) -> list[str]:
 
 
 def _is_stale(folder: Path) -> bool:
-    """Whether something was learned after it was judged."""
-    meta = folder / "meta.safetensors"
-    return meta.exists() and meta.stat().st_mtime_ns > (folder / "evaluation.json").stat().st_mtime_ns
+    """Whether the run went on after it was judged."""
+    return (folder / "log.jsonl").stat().st_mtime_ns > (folder / "evaluation.json").stat().st_mtime_ns
 
 
-def _tasks(judged: _Judged, higher_is_better: bool, stale: bool) -> str:
-    sign = -1 if higher_is_better else 1
+def _tasks(judged: _Judged, stale: bool) -> str:
+    sign = -1 if judged.higher_is_better else 1
     order = sorted(enumerate(judged.scores), key=lambda each: (math.isnan(each[1]), sign * each[1]))
     rows = [(str(place), str(task), f"{score:.4g}") for place, (task, score) in enumerate(order, 1)]
     first, last, left_out = _ends(rows)
+    parts = [("The best tasks" if last else "All tasks", first), ("The worst tasks", last)]
     summary = _page.table(
-        ("", f"{judged.score}#"),
+        "Means with their 95 % intervals",
+        ("meta", f"{judged.score}#"),
         [
             ("learned", f"{judged.mean}"),
             ("at first", f"{judged.at_first}"),
@@ -215,13 +221,13 @@ def _tasks(judged: _Judged, higher_is_better: bool, stale: bool) -> str:
     )
     picture = _curves.histogram("scores", "Scores of the tasks", judged.scores, judged.mean, judged.at_first)
     text = f"{judged.score} of {len(judged.scores)} tasks. Line: the mean; dashed: the mean at first."
-    note = " The run went on after this was written: run funcmeta evaluate again." if stale else ""
-    interval = _page.paragraph(f"Means with their 95 % intervals.{note}")
+    note = "The run went on after this was written: run funcmeta evaluate again when it is at its end."
     return _page.section(
         f"Held-out tasks, {judged.part}",
-        _page.columns([_page.chart("Scores", text, picture.svg()), summary + interval]),
+        *([_page.paragraph(note)] if stale else []),
+        _page.columns([_page.chart("Scores", text, picture.svg()), summary]),
         _page.paragraph(f"The tasks from the best to the worst.{left_out}"),
-        _page.columns(_page.table(("place#", "task#", f"{judged.score}#"), part) for part in (first, last) if part),
+        _page.columns(_page.table(name, ("place#", "task#", f"{judged.score}#"), part) for name, part in parts if part),
     )
 
 

@@ -135,7 +135,8 @@ class Run:
                 self._factor /= 2
         if self._scheduler:
             self._scheduler.step()
-        return Record(self.step, finite(loss), finite(norm), rate, time.perf_counter() - began, alarm)
+        seconds = time.perf_counter() - began
+        return Record(self.step, finite(loss), finite(norm), rate, seconds, alarm, alarms=self.alarms)
 
     def validated(self, record: Record) -> Record:
         """The record with the score on held-out tasks; the best meta is kept."""
@@ -145,8 +146,10 @@ class Run:
             self._aim, tree.detach(self.meta), plan.number, plan.score, self._plan.seed, self.ranks, forgiving=True
         ).mean
         score = mean.value
-        better = self.best is None or ((score > self.best.score) is plan.higher_is_better and score != self.best.score)
-        if better and math.isfinite(score):
+        better = math.isfinite(score) and (
+            self.best is None or ((score > self.best.score) is plan.higher_is_better and score != self.best.score)
+        )
+        if better:
             self.best, self._stale = _Best(score, self.step, tree.map(torch.clone, tree.detach(self.meta))), 0
         else:
             self._stale += 1
@@ -158,7 +161,7 @@ class Run:
                 stacklevel=2,
             )
             return record
-        return record._replace(validation=mean)
+        return record._replace(validation=mean, best=better)
 
     def learned(self) -> Meta:
         """A copy of the best meta that validation saw; of the present one without validation."""

@@ -21,7 +21,7 @@ def tensorboard(folder: str | Path) -> Iterator[Watch]:
     They are ``train/loss``, ``train/gradient_norm``, ``train/learning_rate``, ``train/alarms`` (how many steps were
     left out so far), ``train/seconds_per_step``, ``validation/mean`` and ``validation/margin``. A loss or norm that is
     not finite is left out. A resumed run goes on in the same folder: what was noted beyond the step where it is taken
-    up is hidden, and alarms are counted on.
+    up is hidden.
 
     Args:
         folder: where the event files go; it is made. ``tensorboard --logdir FOLDER`` shows them.
@@ -47,17 +47,15 @@ def tensorboard(folder: str | Path) -> Iterator[Watch]:
             "Curves for TensorBoard need tensorboard, which the extra tensorboard brings. Run "
             'pip install ".[tensorboard]" in a checkout.'
         ) from error
-    path, writer, alarms = Path(folder), None, 0
+    path, writer = Path(folder), None
 
     def watch(record: Record) -> None:
-        nonlocal writer, alarms
+        nonlocal writer
         if writer is None:
-            alarms = _alarms_before(path, record.step)
             with _tree_file.reported(path):
                 made: Any = SummaryWriter
                 writer = made(path, purge_step=record.step, flush_secs=FLUSH)
-        alarms += record.alarm is not None
-        for name, value in _scalars(record, alarms).items():
+        for name, value in _scalars(record).items():
             if value is not None:
                 writer.add_scalar(name, value, record.step)
 
@@ -68,27 +66,14 @@ def tensorboard(folder: str | Path) -> Iterator[Watch]:
             writer.close()
 
 
-def _scalars(record: Record, alarms: int) -> dict[str, float | None]:
+def _scalars(record: Record) -> dict[str, float | None]:
     stepped = record.step > 0
     return {
         "train/loss": record.loss,
         "train/gradient_norm": record.norm,
         "train/learning_rate": record.rate,
-        "train/alarms": alarms,
+        "train/alarms": record.alarms,
         "train/seconds_per_step": record.seconds if stepped else None,
         "validation/mean": record.validation and record.validation.value,
         "validation/margin": record.validation and record.validation.margin,
     }
-
-
-def _alarms_before(folder: Path, step: int) -> int:
-    """How many alarms the folder's curves have before a step."""
-    if not any(folder.glob("events.out.tfevents.*")):
-        return 0
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-
-    found = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
-    found.Reload()
-    if "train/alarms" not in found.Tags()["scalars"]:
-        return 0
-    return int(max((each.value for each in found.Scalars("train/alarms") if each.step < step), default=0))

@@ -160,6 +160,38 @@ def exploding(action: Any, accumulate: int = 1) -> Callable[[Share], Case]:
     return lambda share: Case(few_shot(), Explosive((1,), row=3), options)
 
 
+def half_used(share: Share) -> Case:
+    """An algorithm of one's own, which uses one of two leaves, or in other batches the other one."""
+
+    def init() -> Any:
+        return [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (3.0, 5.0)]
+
+    def loss(meta: Any, tasks: fm.Task, *, seed: int = 0) -> Tensor:
+        return meta[seed == 2].square() + 0 * tasks.support[0].sum()
+
+    return Case(Algorithm(init, loss, lambda meta, task, seed=0, evaluate=False: meta), CURVES, {})
+
+
+def detached(share: Share) -> Case:
+    """An algorithm of one's own that uses no leaf at all."""
+    case = half_used(share)
+
+    def loss(meta: Any, tasks: fm.Task, *, seed: int = 0) -> Tensor:
+        return tasks.support[0].sum()
+
+    return case._replace(algorithm=case.algorithm._replace(loss=loss))
+
+
+def misshared(spread: str, own: bool) -> Callable[[Share], Case]:
+    """Persistent particles whose share is not that of what is spread."""
+
+    def case(share: Share) -> Case:
+        estimator = fm.PersistentES(0.01, 4, 2, share=share if own else (0, 1))
+        return Case(optimizer(estimator=estimator), fm.tasks.quadratics(3, dtype=torch.float64), {"spread": spread})
+
+    return case
+
+
 CASES: dict[str, Callable[[Share], Case]] = {
     "reverse": curves(),
     "segments": curves(memory=fm.Segments(2)),
@@ -180,7 +212,13 @@ CASES: dict[str, Callable[[Share], Case]] = {
     "skipping": exploding("skip"),
     "skipping one of two": exploding("skip", accumulate=2),
     "lowering": exploding("lower"),
+    "half used": half_used,
+}
+REFUSED: dict[str, Callable[[Share], Case]] = {
     "stopping": exploding("stop"),
+    "detached": detached,
+    "parts of particles for parts of tasks": misshared("tasks", own=True),
+    "all particles for all tasks": misshared("particles", own=False),
 }
 
 
@@ -193,7 +231,7 @@ def train(
     **more: Any,
 ) -> dict[str, Any]:
     """What a case leaves: the leaves that were learned, the figures of its steps, and how it ended."""
-    case = CASES[name](share)
+    case = {**CASES, **REFUSED}[name](share)
     options = {"batch_size": 4, **case.options, **more}
     kept = None if folder is None else Folder(folder, every=3, resume=True)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_cases import CASES, train
+from distributed_cases import CASES, REFUSED, train
 from filelock import FileLock
 
 STEPS = 7
@@ -187,7 +187,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def jobs_of_two(root: Path) -> dict[str, dict[str, Any]]:
     """All cases; the first steps of some, for others to go on; what is refused; a SIGTERM, and one that leaves."""
-    jobs: dict[str, dict[str, Any]] = {name: {"name": name, "steps": STEPS} for name in CASES}
+    jobs: dict[str, dict[str, Any]] = {name: {"name": name, "steps": STEPS} for name in {**CASES, **REFUSED}}
     for name in RESUMED:
         for number in ("one", "four"):
             folder = str(root / f"two for {number}" / name)
@@ -242,7 +242,7 @@ def four(folders: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "stopping"])
+@pytest.mark.parametrize("name", list(CASES))
 def test_two_processes_end_where_one_does(name: str, two: Any, expected: Any) -> None:
     first, second = two[name]
     alike(first, expected(name))
@@ -275,6 +275,27 @@ def test_all_stop_where_one_process_has_no_finite_loss(two: Any) -> None:
     assert first == second
 
 
+def test_a_loss_of_nothing_that_is_learned_is_the_error_of_one_process(two: Any) -> None:
+    alone = train("detached", STEPS)
+    assert alone["error"].startswith("DetachedError: The loss of the algorithm depends on no leaf of meta")
+    assert two["detached"] == [alone] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "spread", "shares", "wanted"),
+    [
+        ("parts of particles for parts of tasks", "tasks", "[(0, 2), (1, 2)]", "[(0, 1), (0, 1)]"),
+        ("all particles for all tasks", "particles", "[(0, 1), (0, 1)]", "[(0, 2), (1, 2)]"),
+    ],
+)
+def test_a_share_that_does_not_go_with_the_spread(name: str, spread: str, shares: str, wanted: str, two: Any) -> None:
+    says = (
+        f"ArgumentError: PersistentES has the shares {shares}, in the order of the ranks, where spread='{spread}' and "
+        f"2 processes need {wanted}. "
+    )
+    assert [each["error"][: len(says)] for each in two[name]] == [says] * 2
+
+
 def test_a_batch_that_the_processes_can_not_share(two: Any) -> None:
     says = "ArgumentError: batch_size is 3, which 2 processes can not share evenly. Pass a multiple."
     assert two["odd"] == [{"error": says}] * 2
@@ -298,7 +319,7 @@ def test_a_process_that_dies_ends_the_run(four: Any, folders: Path, expected: An
     assert "status 0" not in said
     assert "Signal 9 (SIGKILL) received" in said.split("Root Cause")[1]
     assert "rank      : 3 (local_rank: 3)" in said.split("Root Cause")[1]
-    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()][-1] >= 4
+    assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"] >= 4  # and no end
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
         "step-00000000.safetensors",
         "step-00000003.safetensors",
@@ -311,7 +332,8 @@ def test_sigterm_ends_all_processes_after_one_step(two: Any, folders: Path) -> N
     ended, step = first["ended"]
     assert ended == "SIGTERM"
     assert second["ended"] == first["ended"]
-    assert step == json.loads((folders / "ended" / "log.jsonl").read_text().splitlines()[-1])["step"]
+    last, end = map(json.loads, (folders / "ended" / "log.jsonl").read_text().splitlines()[-2:])
+    assert (last["step"], end) == (step, {"ended": "SIGTERM"})
     assert (folders / "ended" / "checkpoints" / f"step-{step:08d}.safetensors").exists()
     assert not (folders / "ended" / "meta.safetensors").exists()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training_cases import KINDS, Case, Point, adam, few_shot, quadratic, squared, start, windows
 
 import funcmeta as fm
-from funcmeta.algorithms import l2l, maml
+from funcmeta.algorithms import Algorithm, l2l, maml
 from funcmeta.training import Alarm, Folder, Mean, Record, Validation, evaluate, fit, load
 
 TASKS = fm.tasks.sinusoids()
@@ -159,11 +159,32 @@ def test_the_best_is_kept_and_patience_ends() -> None:
     held_out = Validation(TASKS, every=2, number=3, score=lambda predict, task: predict.abs(), patience=2)
     fitted = fit(down(), TASKS, sgd, steps=100, validation=held_out)
     assert [record.validation.value for record in fitted.records if record.validation] == [3, 1, 1, 3]
+    assert [record.step for record in fitted.records if record.best] == [0, 2]
     assert fitted.ended == "patience"
     assert fitted.step == 6
     assert fitted.meta.item() == 1
     highest = held_out._replace(higher_is_better=True, patience=None)
     assert fit(down(), TASKS, sgd, steps=9, validation=highest).meta.item() == -6
+
+
+def ends(folder: Path) -> list[str]:
+    """How the run ended, as its log says."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["ended"] for line in lines if "ended" in line]
+
+
+def test_a_run_that_is_extended_has_no_end_until_it_has_one(tmp_path: Path) -> None:
+    def fail(record: Record) -> None:
+        raise KeyError(record.step)
+
+    fit(down(), TASKS, sgd, steps=2, folder=Folder(tmp_path))
+    assert ends(tmp_path) == ["steps"]
+    with pytest.raises(KeyError):
+        fit(down(), TASKS, sgd, steps=4, folder=Folder(tmp_path, resume=True), watch=[fail])
+    assert ends(tmp_path) == []
+    for _ in range(2):
+        fit(down(), TASKS, sgd, steps=4, folder=Folder(tmp_path, resume=True))
+        assert ends(tmp_path) == ["steps"]
 
 
 def test_the_best_and_the_patience_are_resumed(tmp_path: Path) -> None:
@@ -174,8 +195,11 @@ def test_the_best_and_the_patience_are_resumed(tmp_path: Path) -> None:
     held_out = Validation(TASKS, every=2, number=3, score=lambda predict, task: predict.abs(), patience=2)
     options: dict[str, Any] = {"steps": 100, "validation": held_out}
     assert fit(down(), TASKS, sgd, folder=Folder(tmp_path), watch=[stop], **options).step == 5
+    assert ends(tmp_path) == ["SIGTERM"]
     resumed = fit(down(), TASKS, sgd, folder=Folder(tmp_path, resume=True), **options)
     assert (resumed.ended, resumed.step, resumed.meta.item()) == ("patience", 6, 1)
+    assert [record.step for record in resumed.records if record.best] == [0, 2]
+    assert ends(tmp_path) == ["patience"]
 
 
 def test_draws_from_the_global_generator_follow_the_seed_and_the_step(tmp_path: Path) -> None:
@@ -262,8 +286,9 @@ def test_a_loss_that_is_not_finite_is_an_alarm_though_its_gradient_is() -> None:
 def test_the_alarm_that_ends_a_run_is_in_its_log(tmp_path: Path) -> None:
     with pytest.raises(fm.DivergenceError):
         fit(spoiled({1}), TASKS, sgd, steps=5, folder=Folder(tmp_path))
-    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert (last["step"], last["alarm"]) == (2, "The meta-loss is not finite.")
+    last, end = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()[-2:])
+    assert (last["step"], last["alarm"], last["alarms"]) == (2, "The meta-loss is not finite.", 1)
+    assert end == {"ended": "alarm"}
 
 
 def test_a_validation_that_diverges_is_no_better_and_ends_nothing(tmp_path: Path) -> None:
@@ -337,7 +362,8 @@ def test_what_a_folder_has(tmp_path: Path) -> None:
     names = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*.*"))
     checkpoints = [f"checkpoints/step-0000000{step}.safetensors" for step in (4, 6, 7)]
     assert names == [*checkpoints, "log.jsonl", "meta.safetensors"]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    *lines, last = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert last == {"ended": "steps"}
     assert [line["step"] for line in lines] == list(range(8))
     assert set(lines[0]) == set(Record._fields)
     assert lines[3]["validation"] == fitted.records[3].validation._asdict()
@@ -423,6 +449,64 @@ def test_a_state_that_can_not_be_written_is_an_error_at_the_first_step(tmp_path:
 
     with pytest.raises(fm.ArgumentError, match=r"optimizer/state/0/path is a PosixPath, which can not be written"):
         fit(down(), TASKS, lambda meta: Odd([meta], lr=1.0), steps=50, folder=Folder(tmp_path, every=50))
+
+
+# --- algorithms of one's own
+
+
+def half_used() -> Algorithm:
+    """An algorithm whose loss leaves a leaf out."""
+
+    def init() -> Any:
+        return {"used": torch.tensor(3.0, requires_grad=True), "unused": torch.tensor(5.0, requires_grad=True)}
+
+    return Algorithm(
+        init,
+        lambda meta, tasks, seed=0: meta["used"].square() + 0 * tasks.support[0].sum(),
+        lambda meta, task, seed=0, evaluate=False: meta,
+    )
+
+
+def test_a_leaf_that_is_not_used_stays_as_it_was() -> None:
+    fitted = fit(half_used(), TASKS, adam, steps=3)
+    assert fitted.meta["used"] < 3
+    assert fitted.meta["unused"] == 5
+
+
+def test_a_loss_of_nothing_that_is_learned_is_an_error() -> None:
+    algorithm = half_used()._replace(loss=lambda meta, tasks, seed=0: meta["used"].detach() + 1)
+    with pytest.raises(fm.DetachedError, match=r"depends on no leaf of meta that requires grad\. Compute it from meta"):
+        fit(algorithm, TASKS, adam, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "spread", "message"),
+    [
+        (
+            fm.EvolutionStrategies(0.1, 4, share=(1, 2)),
+            "tasks",
+            r"EvolutionStrategies has the shares \[\(1, 2\)\], .* 1",
+        ),
+        (fm.PersistentES(0.1, 4, 2, share=(0, 2)), "particles", r"has the shares \[\(0, 2\)\], .* need \[\(0, 1\)\]"),
+        (
+            fm.Truncated(1, fm.EvolutionStrategies(0.1, 4, share=(1, 2))),
+            "tasks",
+            r"Build it with share=\(rank, ranks\)",
+        ),
+        (fm.Reverse(), "particles", r"spread is 'particles', but Reverse has none, .* Pass spread='tasks'"),
+    ],
+)
+def test_a_share_that_does_not_go_with_the_spread(estimator: Any, spread: Any, message: str, tmp_path: Path) -> None:
+    case = plain(estimator=estimator)
+    with pytest.raises(fm.ArgumentError, match=message):
+        run(case, spread=spread, folder=Folder(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_streams_are_shared_by_tasks_only() -> None:
+    case = KINDS["reading"]()
+    with pytest.raises(fm.ArgumentError, match="spread is 'particles', but of streams processes share tasks only"):
+        run(case, spread="particles")
 
 
 # --- arguments

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from training_cases import adam, few_shot
 
 import funcmeta as fm
@@ -58,10 +60,10 @@ def test_alarms_are_counted_and_leave_the_loss_as_it_was(monkeypatch: pytest.Mon
     terminal = opened(monkeypatch)
     with progress(4) as watch:
         watch(record(1, 3.0))
-        watch(record(2, None, norm=None, alarm="The meta-gradient is not finite."))
+        watch(record(2, None, norm=None, alarm="The meta-gradient is not finite.", alarms=1))
         while "1 alarm" not in terminal.getvalue():  # it is drawn four times a second
             time.sleep(0.05)
-        watch(record(3, None, norm=None, alarm="The meta-gradient is not finite."))
+        watch(record(3, None, norm=None, alarm="The meta-gradient is not finite.", alarms=2))
     assert "loss 3 2 alarms" in terminal.last
 
 
@@ -85,9 +87,22 @@ def test_speed_counts_only_what_was_done_here(monkeypatch: pytest.MonkeyPatch) -
     assert 0 < float(speed[1]) <= 10
 
 
-def test_a_file_gets_the_last_state_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_steps_have_a_speed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, clock = opened(monkeypatch), iter(range(0, 10**9, 7200))
+    monkeypatch.setattr("rich.console.monotonic", lambda: float(next(clock)))  # hours at each look
+    with progress(100) as watch:
+        for step in range(1, 9):
+            watch(record(step))
+    assert re.search(r"8/100 [━╸]+ \d\S* steps/s", terminal.last)
+    assert "-:--:-- left" not in terminal.last
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_file_gets_the_last_state_only(forced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
+        if forced:
+            monkeypatch.setenv(name, "1")
     file = io.StringIO()
     monkeypatch.setattr(sys, "stderr", file)
     with progress(3) as watch:
@@ -95,7 +110,21 @@ def test_a_file_gets_the_last_state_only(monkeypatch: pytest.MonkeyPatch) -> Non
             watch(record(step))
         assert file.getvalue() == ""
     assert len(file.getvalue().splitlines()) == 2
+    assert "\x1b" not in file.getvalue()
     assert "3/3" in file.getvalue()
+
+
+def test_of_several_processes_the_first_one_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = opened(monkeypatch)
+    for rank in (1, 0):
+        assert terminal.getvalue() == ""
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+        try:
+            with progress(3) as watch:
+                watch(record(3))
+        finally:
+            dist.destroy_process_group()
+    assert "3/3" in terminal.last
 
 
 def test_an_error_in_the_block_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,18 +26,20 @@ HOSTILE = "<script>alert('x')</script>"
 
 def records(steps: int = 60) -> list[Record]:
     """A run with validations every 10 steps, the best at step 30, and three alarms."""
-    found = [Record(0, None, None, 0.1, 0.0, None, Mean(2.0, 0.2))]
+    found = [Record(0, None, None, 0.1, 0.0, None, Mean(2.0, 0.2), best=True)]
     for step in range(1, steps + 1):
         validation = Mean(0.5 + abs(step - 30) / 100, 0.125) if step % 10 == 0 else None
         alarm = f"The norm is {step}. {HOSTILE}" if step in (7, 8, 41) else None
         loss = None if alarm else math.exp(-step / 20) + 0.1 * math.sin(step)
-        found.append(Record(step, loss, 1.0 + step % 3, 0.1 / step, 0.25, alarm, validation))
+        best, alarms = step in (10, 20, 30), sum(step >= each for each in (7, 8, 41))
+        found.append(Record(step, loss, 1.0 + step % 3, 0.1 / step, 0.25, alarm, validation, best, alarms))
     return found
 
 
-def written(folder: Path, found: list[Record] | None = None) -> Path:
+def written(folder: Path, found: list[Record] | None = None, ended: str | None = None) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "log.jsonl").write_text("".join(map(_line, records() if found is None else found)))
+    end = "" if ended is None else json.dumps({"ended": ended}) + "\n"
+    (folder / "log.jsonl").write_text("".join(map(_line, records() if found is None else found)) + end)
     return folder
 
 
@@ -44,6 +47,7 @@ def evaluation(number: int = 50, **others: Any) -> dict[str, Any]:
     return {
         "split": "test",
         "score": "query accuracy",
+        "higher_is_better": False,
         "mean": 0.75,
         "margin": 0.0125,
         "at_first": {"value": 0.25, "margin": 0.05},
@@ -52,6 +56,10 @@ def evaluation(number: int = 50, **others: Any) -> dict[str, Any]:
         "seed": 0,
         "number": number,
     } | others
+
+
+SHOWN = ("split", "score", "higher_is_better", "mean", "margin", "at_first", "difference", "scores")
+"""Of an evaluation, what the page shows."""
 
 
 def full(folder: Path) -> Path:
@@ -92,7 +100,6 @@ def test_it_says_what_was_trained_and_met(text: str) -> None:
     assert "<span>query accuracy, test tasks</span><b>0.750 ± 0.013</b>" in text
     assert f"<dt>torch</dt><dd>{torch.__version__}</dd>" in text
     assert f"<dt>processors</dt><dd>{os.cpu_count()}</dd>" in text
-    assert "The run is not at its end." in text
     assert ["7", f"The norm is 7. {HOSTILE}"] in rows(text)
     assert set(pictures(text)) == {
         *("Loss over the outer steps", "Validation over the outer steps", "Norm of the meta-gradient"),
@@ -100,12 +107,50 @@ def test_it_says_what_was_trained_and_met(text: str) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("ended", "steps", "told", "tile"),
+    [
+        ("steps", 60, "Ended at step 60, the last one.", "60"),
+        ("steps", 40, "Ended at step 60, the last one.", "60"),
+        ("patience", 200, "Ended at step 60 of 200, as validation got no better.", "60 of 200"),
+        ("SIGTERM", 200, "Stopped at step 60 of 200 by SIGTERM.", "60 of 200"),
+        ("alarm", 200, "Stopped at step 60 of 200 by an alarm.", "60 of 200"),
+        (None, 200, "At step 60 of 200, without an end in its log: the run goes on, failed, or was", "60 of 200"),
+        ("steps", 200, "At step 60 of 200, without an end in its log", "60 of 200"),  # killed before its next step
+        (None, 60, "At step 60, without an end in its log", "60"),
+        ("SIGINT", None, "Stopped at step 60 by SIGINT.", "60"),
+        ("SIGINT", '"many"', "Stopped at step 60 by SIGINT.", "60"),
+    ],
+)
+def test_it_says_how_the_run_ended(ended: str | None, steps: Any, told: str, tile: str, tmp_path: Path) -> None:
+    written(tmp_path, ended=ended)
+    (tmp_path / "meta.safetensors").write_bytes(b"")  # of before, if the run was extended
+    if steps is not None:
+        (tmp_path / "config.toml").write_text(f"steps = {steps}\n")
+    text = report(tmp_path).read_text(encoding="utf-8")
+    assert f'<p class="faint">{told}' in text
+    assert f"<span>outer steps</span><b>{tile}</b>" in text
+
+
 def test_a_high_score_can_be_the_best_one(tmp_path: Path) -> None:
-    text = report(full(tmp_path), higher_is_better=True).read_text(encoding="utf-8")
+    highest = [each._replace(best=each.step == 0) for each in records()]
+    (written(tmp_path, highest) / "evaluation.json").write_text(json.dumps(evaluation(higher_is_better=True)))
+    text = report(tmp_path).read_text(encoding="utf-8")
     assert "<span>best validation, step 0</span><b>2.000 ± 0.200</b>" in text
     assert rows(text)[-22][2] == "query accuracy"
     assert rows(text)[-21][2] == "0.98"
     assert rows(text)[-1][2] == "0"
+
+
+def test_each_table_has_a_caption_and_heads(text: str, tmp_path: Path) -> None:
+    names = ["All alarms", "Means with their 95 % intervals", "The best tasks", "The worst tasks"]
+    assert re.findall(r"<table>\n<caption>(.*?)</caption>", text) == names
+    assert text.count("<table>") == len(names)
+    assert len(re.findall(r"<th\b", text)) == text.count('<th scope="col"') == 10
+    found = [each._replace(alarm="exploded") for each in records()]
+    (written(tmp_path, found) / "evaluation.json").write_text(json.dumps(evaluation(3)))
+    captions = re.findall(r"<caption>(.*?)</caption>", report(tmp_path).read_text(encoding="utf-8"))
+    assert captions == ["The first alarms", "The last alarms", "Means with their 95 % intervals", "All tasks"]
 
 
 def test_the_tasks_are_sorted_and_the_middle_is_left_out(text: str) -> None:
@@ -166,7 +211,7 @@ def test_a_run_that_just_began_or_knows_little(tmp_path: Path) -> None:
         records()[:1],
         records()[:2],
         records()[1:2],
-        [Record(1, None, None, 0.1, 0.1, "exploded", Mean(math.nan, math.nan))],
+        [Record(1, None, None, 0.1, 0.1, "exploded", Mean(1.0, math.nan), alarms=1)],
         [Record(1, 0.0, 0.0, 0.1, 0.1)],
     ):
         text = report(written(tmp_path / "run", found)).read_text(encoding="utf-8")
@@ -182,17 +227,16 @@ def test_it_reports_on_what_fit_leaves(tmp_path: Path) -> None:
     text = report(tmp_path).read_text(encoding="utf-8")
     best = min(record.validation for record in fitted.records if record.validation)
     assert f"<b>{best}</b>" in text
-    assert "not at its end" not in text
+    assert "Ended at step 5, the last one." in text
 
 
-def test_scores_of_before_the_last_training_are_told(tmp_path: Path) -> None:
+def test_scores_of_before_the_run_went_on_are_told(tmp_path: Path) -> None:
     full(tmp_path)
-    (tmp_path / "meta.safetensors").write_bytes(b"")
     judged = (tmp_path / "evaluation.json").stat().st_mtime
     for later, told in ((-10, False), (10, True)):
-        os.utime(tmp_path / "meta.safetensors", (judged + later, judged + later))
-        text = report(tmp_path).read_text(encoding="utf-8")
-        assert ("The run went on after this was written: run funcmeta evaluate again." in text) is told
+        os.utime(tmp_path / "log.jsonl", (judged + later, judged + later))
+        note = "The run went on after this was written: run funcmeta evaluate again when it is at its end."
+        assert (note in report(tmp_path).read_text(encoding="utf-8")) is told
 
 
 def test_half_of_the_last_line_is_dropped(tmp_path: Path) -> None:
@@ -205,25 +249,79 @@ def test_half_of_the_last_line_is_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("old", "new", "message"),
     [
-        ("", "Line 3 of .*log.jsonl is no record of a step. The file is damaged"),
-        ("{}", "Line 3 of"),
-        ("[" * 100_000, "Line 3 of"),
-        ('{"step": 2, "loss": ', "Line 3 of"),
-        (_line(records()[2]).replace('"step": 2', '"step": "2"').strip(), "Line 3 of"),
-        (_line(records()[2]).replace('"step": 2', '"step": 2.5').strip(), "Line 3 of"),
-        (_line(records()[2]).replace('"rate": 0.05', '"rate": [1]').strip(), "Line 3 of"),
-        (_line(records()[2]).replace('"alarm": null', '"alarm": 3').strip(), "Line 3 of"),
-        (_line(records()[2]).replace('"validation": null', '"validation": {"value": "x", "margin": 1}'), "Line 3 of"),
+        (".*", "", "Expecting value"),
+        (".*", "{}", "missing 5 required positional arguments"),
+        (".*", "[1]", "it is a list"),
+        (".*", "[" * 100_000, "maximum recursion depth"),
+        (".*", '{"step": 2, "loss": ', "Expecting value"),
+        (".*", '{"ended": 3}', "unexpected keyword argument 'ended'"),
+        ('"best"', '"better"', "unexpected keyword argument 'better'"),
+        ('"step": 2', '"step": "2"', "its step is '2'"),
+        ('"step": 2', '"step": 2.5', "its step is 2.5"),
+        ('"step": 2', '"step": true', "its step is True"),
+        ('"step": 2', '"step": 1', "its step is 1 after 1"),
+        ('"step": 2', f'"step": {10**400}', "its step is 10+ after 1"),
+        ('"loss": [^,]*', '"loss": NaN', "its loss is nan"),
+        ('"loss": [^,]*', f'"loss": {10**400}', "its loss is 10+"),
+        ('"loss": [^,]*', f'"loss": {"9" * 5000}', "Exceeds the limit"),
+        ('"norm": [^,]*', '"norm": -Infinity', "its norm is -inf"),
+        ('"rate": 0.05', '"rate": [1]', r"its rate is \[1\]"),
+        ('"seconds": [^,]*', '"seconds": 1e308', r"its seconds is 1e\+308"),
+        ('"seconds": [^,]*', '"seconds": -1.0', "its seconds is -1.0"),
+        ('"alarm": null', '"alarm": 3', "its alarm is 3"),
+        ('"validation": null', '"validation": 0', "argument after .* must be a mapping"),
+        ('"validation": null', '"validation": {"value": "x", "margin": 1.0}', "its validation is Mean"),
+        ('"validation": null', '"validation": {"value": NaN, "margin": 1.0}', "its validation is Mean"),
+        ('"best": false', '"best": 1', "its best is 1"),
+        ('"alarms": 0', '"alarms": -1', "its alarms is -1"),
     ],
-    ids=["empty", "no fields", "deep", "half", "text", "fraction", "list", "number", "validation"],
 )
-def test_a_damaged_log_is_an_error(line: str, message: str, tmp_path: Path) -> None:
+def test_a_damaged_log_is_an_error_in_the_report_and_in_a_resumption(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
     lines = [_line(each).strip() for each in records()]
-    (tmp_path / "log.jsonl").write_text("\n".join([*lines[:2], line.strip(), *lines[3:]]) + "\n")
-    with pytest.raises(fm.DataError, match=message):
+    lines[2] = re.sub(old, new, lines[2], count=1)
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    says = rf"^Line 3 of .*log\.jsonl is no record of a step: .*{message}.* restore it, or remove the line\.$"
+    with pytest.raises(fm.DataError, match=says):
         report(tmp_path)
+    case = few_shot()
+    with pytest.raises(fm.DataError, match=says):
+        fit(case.algorithm, case.tasks, adam, steps=1, folder=Folder(tmp_path, resume=True))
+
+
+def test_nothing_comes_after_the_end(tmp_path: Path) -> None:
+    log = written(tmp_path, records()[:2], ended="steps") / "log.jsonl"
+    log.write_text(log.read_text() + _line(records()[2]))
+    with pytest.raises(fm.DataError, match=r"Line 4 of .*: the run ended before"):
+        report(tmp_path)
+
+
+def test_odd_values_that_a_run_can_write_are_shown(tmp_path: Path) -> None:
+    found = [
+        Record(0, None, None, math.inf, 0.0, None, Mean(-1.7e308, math.inf), best=True),
+        Record(1, 1.7e308, 1.7e308, math.nan, 0.1, None, Mean(1.7e308, math.nan)),
+        Record(2, -1.7e308, 5e-324, 1e308, 0.1),
+        Record(3, None, None, -1e308, 0.1, "exploded", alarms=1),
+        Record(4, 1.0, 0.0, 0.0, 0.1, None, Mean(0.5, 1e308)),
+    ]
+    other = evaluation(
+        6,
+        scores=[1.7e308, -1.7e308, math.nan, math.inf, 0.5, 0.0],
+        mean=math.nan,
+        margin=math.inf,
+        at_first={"value": -math.inf, "margin": math.nan},
+        difference={"value": 1.7e308, "margin": math.inf},
+    )
+    (written(tmp_path, found) / "evaluation.json").write_text(json.dumps(other))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = report(tmp_path).read_text(encoding="utf-8")
+    assert "<b>-1.7e+308 ± inf</b>" in text
+    assert ["difference, task by task", "+1.7e+308 ± inf"] in rows(text)
+    assert len(pictures(text)) == 6
 
 
 def test_a_log_that_is_no_text_missing_or_empty_is_an_error(tmp_path: Path) -> None:
@@ -255,9 +353,11 @@ def test_damaged_settings_are_an_error(content: str, tmp_path: Path) -> None:
         json.dumps({**evaluation(), "mean": None}),
         json.dumps({**evaluation(), "at_first": {"value": 1}}),
         json.dumps({**evaluation(), "difference": 3}),
+        json.dumps({**evaluation(), "mean": 10**400}),
+        json.dumps({**evaluation(), "higher_is_better": "no"}),
         json.dumps({**evaluation(), "scores": ["good"]}),
         json.dumps({**evaluation(), "scores": 3}),
-        json.dumps({key: value for key, value in evaluation().items() if key != "score"}),
+        *(json.dumps({key: value for key, value in evaluation().items() if key != left}) for left in SHOWN),
     ],
 )
 def test_a_damaged_evaluation_is_an_error(found: str, tmp_path: Path) -> None:
@@ -329,3 +429,15 @@ def test_pictures_of_long_runs_are_small_and_the_same_each_time(tmp_path: Path) 
     first, second = (report(tmp_path).read_text(encoding="utf-8") for _ in range(2))
     assert len(first) < 400_000
     assert re.findall(r"<svg.*?</svg>", first, re.DOTALL) == re.findall(r"<svg.*?</svg>", second, re.DOTALL)
+
+
+def test_what_is_too_large_to_be_drawn_is_drawn_at_the_edge() -> None:
+    panel = _curves.curve("loss", "Loss", [1, 2, 3], [1.7e308, -1.7e308, 2.0])
+    assert line(panel, 0).tolist() == [[1, 1e100], [2, -1e100], [3, 2]]
+
+
+@pytest.mark.parametrize("scores", [[0.75] * 9, [1e16, 1e16 + 2, 1e16 + 4], [1.0, 1.0 + 2e-16], [0.0], [1e308] * 2])
+def test_scores_that_are_nearly_the_same_have_a_histogram(scores: list[float]) -> None:
+    panel = _curves.histogram("scores", "Scores", scores, Mean(scores[0], 0.0), None)
+    assert sum(bar.get_height() for bar in panel.axes.patches) == len(scores)
+    panel.svg()
