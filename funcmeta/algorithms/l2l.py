@@ -173,10 +173,10 @@ def build(
         raise ArgumentError(f"start is {start!r}, expected a function from a seed to parameters. Pass one, or None.")
     if teacher is not None:
         check_transform(teacher)
+    model, _, _ = functionalize(module)
     length_of = _length(steps)
     drawn = None if learn_start else start or fresh_start(module)
     names = {"optimizer", "params"} if learn_start else {"optimizer"}
-    model, _, _ = functionalize(module)
 
     def problem_of(
         transform: Callable[[Meta], Transform], *, judged: bool, trajectory: bool = True, rescale: bool = True

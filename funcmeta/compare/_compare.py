@@ -102,7 +102,7 @@ def compare(
     contestants = candidates(estimators)
     if reference is None:
         reference = next(iter(contestants))
-    if reference not in contestants:
+    if not isinstance(reference, str) or reference not in contestants:
         raise ArgumentError(
             f"reference is {reference!r}, expected one of the estimators' names: {', '.join(contestants)}. Pass one."
         )

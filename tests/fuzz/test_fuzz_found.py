@@ -402,6 +402,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.ArgumentError,
         r"(?s)copy is tensor.*, expected a number in \(0, 1\), or 1 to fix the gate",
     ),
+    "no module": (
+        lambda: fm.l2l.build(learned.linear(), None, squares, steps=1),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "module is a NoneType, expected a torch.nn.Module",
+    ),
+    "a list as reference": (
+        lambda: fm.compare(PROBLEM, a_meta(), TASK, steps=1, reference=[]),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        r"reference is \[\], expected one of the estimators' names",
+    ),
     "a start that is none": (
         lambda: fm.l2l.build(learned.linear(), NET, squares, steps=1, start=[1.0]),  # type: ignore[arg-type]
         fm.ArgumentError,
