@@ -162,8 +162,8 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
     "sgd with an integer tensor": (
         lambda: optim.sgd(torch.tensor(1)),
         fm.StructureError,
-        "int64[] on cpu, expected a floating-point tensor",
-        "Convert it with .float()",
+        "int64[] on cpu, expected a dense floating-point tensor",
+        "Convert it by .float()",
     ),
     "nesterov without momentum": (
         lambda: optim.sgd(0.1, nesterov=True),

@@ -146,19 +146,23 @@ def _check(name: str, hyper: Hyper) -> None:
 
 def _check_type(name: str, hyper: Hyper) -> None:
     """Raise unless every leaf is a number or a floating-point tensor."""
-    if type(hyper) is float or (isinstance(hyper, Tensor) and hyper.dtype.is_floating_point):
+    if type(hyper) is float or (isinstance(hyper, Tensor) and _is_dense_float(hyper)):
         return
     for path, leaf in tree.named_leaves(hyper, name):
         if isinstance(leaf, Tensor):
-            if not leaf.dtype.is_floating_point:
+            if not _is_dense_float(leaf):
                 raise StructureError(
-                    f"{path} is {tree.describe(leaf)}, expected a floating-point tensor. Convert it with .float()."
+                    f"{path} is {tree.describe(leaf)}, expected a dense floating-point tensor. Convert it by .float()."
                 )
         elif not is_number(leaf):
             raise ArgumentError(
                 f"{path} is {tree.describe(leaf)}, expected a number, a floating-point tensor, a tree of these like "
                 "the parameters, or a callable of the step."
             )
+
+
+def _is_dense_float(value: Tensor) -> bool:
+    return value.dtype.is_floating_point and value.layout is torch.strided
 
 
 def _broadcasts(value: Tensor, leaf: Tensor) -> bool:

@@ -155,6 +155,12 @@ def _climbing(rule: Rule) -> Rule:
 
 def step_zero(leaves: list[Tensor]) -> Tensor:
     """The step count before the first step, on the device of the parameters."""
+    devices = {leaf.device for leaf in leaves}
+    if len(devices) > 1:
+        raise StructureError(
+            f"the parameters are on {', '.join(sorted(map(str, devices)))}, but their steps are counted on one device. "
+            "Use masked with one transform for each device, or move the parameters to one."
+        )
     return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
 
 

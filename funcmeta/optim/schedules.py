@@ -178,12 +178,13 @@ def _fraction(step: Tensor | int, steps: int) -> Tensor:
 def _check_levels(**levels: Any) -> None:
     for name, level in levels.items():
         if isinstance(level, Tensor):
-            good = level.dtype.is_floating_point and level.layout is torch.strided
+            good = level.dtype.is_floating_point and level.ndim == 0
         else:
             good = is_number(level)
         if not good:
             raise ArgumentError(
-                f"{name} is {tree.describe(level)}, expected a number or a floating-point tensor. Pass e.g. {name}=0.1."
+                f"{name} is {tree.describe(level)}, expected a number or a 0-d floating-point tensor. Pass e.g. "
+                f"{name}=0.1."
             )
 
 

@@ -322,6 +322,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.ArgumentError,
         r"train\[0\] is Article\(title='x', words=\(1, 2\)\), expected an Article of words",
     ),
+    "a sparse limit": (
+        lambda: optim.clip_by_value(torch.ones(2).to_sparse()),
+        fm.StructureError,
+        r"limit is sparse_coo float32\[2\] on cpu, expected a dense floating-point tensor",
+    ),
+    "levels in a row": (lambda: schedules.constant(torch.ones(2)), fm.ArgumentError, "expected a number or a 0-d"),
+    "steps counted on two devices": (
+        lambda: optim.adam().init({"a": torch.ones(2), "b": torch.ones(2, device="meta")}),
+        fm.StructureError,
+        "the parameters are on cpu, meta, but their steps are counted on one device. Use masked with",
+    ),
     "a step of words": (
         lambda: schedules.constant(0.1)("a"),  # type: ignore[arg-type]
         fm.ArgumentError,

@@ -157,7 +157,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[FuncmetaError], str]] = {
     ),
     "bool": (lambda: optim.sgd(True), ArgumentError, "lr is True (bool), expected a number"),
     "nothing": (lambda: optim.sgd(None), ArgumentError, "lr is None (NoneType), expected a number"),
-    "integer tensor": (lambda: optim.sgd(torch.tensor(1)), StructureError, "lr is int64[] on cpu, expected a floating"),
+    "integer tensor": (lambda: optim.sgd(torch.tensor(1)), StructureError, "lr is int64[] on cpu, expected a dense floating"),
     "nesterov": (lambda: optim.sgd(0.1, nesterov=True), ArgumentError, "nesterov=True with momentum=0.0"),
     "nesterov damped": (
         lambda: optim.sgd(0.1, momentum=0.9, dampening=0.1, nesterov=True),
@@ -167,7 +167,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[FuncmetaError], str]] = {
     "integer schedule": (
         lambda: once(optim.sgd(lambda step: step)),
         StructureError,
-        "lr(step) is int64[] on cpu, expected a floating-point tensor",
+        "lr(step) is int64[] on cpu, expected a dense floating-point tensor",
     ),
     "schedule of nothing": (lambda: once(optim.sgd(lambda step: None)), ArgumentError, "lr(step) is None (NoneType)"),
     "tree of other keys": (lambda: once(optim.sgd({"w": 0.1})), StructureError, "lr has other keys than expected"),
