@@ -6,6 +6,7 @@ from os import fspath
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 
 from funcmeta._errors import ArgumentError
@@ -15,10 +16,10 @@ _LARGEST = 2**63 - 1
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether this is a Python number that torch can compute with."""
-    return isinstance(value, float) or (
-        isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
-    )
+    """Whether this is a number, of Python or NumPy, that torch can compute with."""
+    if isinstance(value, int | np.integer):
+        return not isinstance(value, bool) and -_LARGEST <= int(value) <= _LARGEST
+    return isinstance(value, float | np.floating)
 
 
 def check_count(name: str, value: Any, *, least: int = 1, or_none: bool = False, advice: str = "") -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcmeta import tree
 from funcmeta._batching import Level, task_level
+from funcmeta._check import check_flag
 from funcmeta._errors import DetachedError, LossError, StructureError
 from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
 from funcmeta._typing import Tree
@@ -59,6 +60,8 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
 
     Source: this library; the name and the order of the results are those of ``jax.value_and_grad``.
     """
+
+    check_flag("has_aux", has_aux)
 
     def gradient(params: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
         current = _steering.get()

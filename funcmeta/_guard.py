@@ -50,6 +50,8 @@ def check_arguments(
         if not isinstance(leaf, Tensor):
             _check_data(tree.named_leaves(task[:2], "task")[index][0], leaf)
     check_has_data(task[:2], "task")
+    if isinstance(task.support, type):
+        raise ArgumentError(f"task.support is {task.support!r}, expected a function of the step index. Pass one.")
     if not callable(task.support) and not any(isinstance(leaf, Tensor) for leaf in tree.leaves(task.support)):
         raise ArgumentError(
             f"task.support is a {type(task.support).__name__}, expected tensors or a function of the step index. Pass "

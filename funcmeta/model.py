@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from funcmeta import rng
+from funcmeta import rng, tree
 from funcmeta._errors import ArgumentError, GraphError, StructureError
 from funcmeta._exact_layers import exact_layers
 from funcmeta._typing import Buffers, Params
@@ -111,11 +111,14 @@ class FunctionalModel:
             ("params", params, self._shapes.keys()),
             ("buffers", buffers, self._buffer_names),
         ):
-            if not isinstance(got, Mapping) or not all(isinstance(each, Tensor) for each in got.values()):
+            if not isinstance(got, Mapping | nn.ParameterDict):
                 raise StructureError(
                     f"{what} is a {type(got).__name__}, expected a dict of tensors by name. Pass what "
                     f"functionalize(module) returned."
                 )
+            for name, tensor in got.items():
+                if not isinstance(tensor, Tensor):
+                    raise StructureError(f"{what}['{name}'] is {tree.describe(tensor)}, expected a tensor. Pass one.")
             if got.keys() != expected:
                 raise StructureError(
                     f"{what} lacks {sorted(expected - got.keys())} and has unexpected {sorted(got.keys() - expected)}; "

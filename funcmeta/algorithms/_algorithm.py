@@ -1,7 +1,8 @@
 """The one shape of every algorithm, and how the inner-loop ones are put together."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +40,17 @@ class Adapt(Protocol):
 
 
 class Algorithm(NamedTuple):
-    """A meta-learning algorithm as functions; the outer loop around them is ordinary PyTorch.
+    """A meta-learning algorithm as three functions; the outer loop around them is ordinary PyTorch.
 
     Attributes:
         init: () → meta, fresh leaves that require grad.
         loss: (meta, tasks, seed=0) → 0-d mean loss over stacked tasks, attached to meta.
         adapt: (meta, task, seed=0, evaluate=False) → predict, the module trained on one task's support; with
             ``evaluate`` it predicts in eval mode.
-        estimator: what ``loss`` computes its meta-gradient by, on every leaf that requires grad; None in an algorithm
-            of your own where ``fit`` shall not count on that.
 
     Examples:
         >>> Algorithm._fields
-        ('init', 'loss', 'adapt', 'estimator')
+        ('init', 'loss', 'adapt')
 
     Source: this library.
     """
@@ -59,7 +58,18 @@ class Algorithm(NamedTuple):
     init: Callable[[], Meta]
     loss: MetaLoss
     adapt: Adapt
-    estimator: Estimator | None = None
+
+
+@dataclass(frozen=True)
+class EstimatedLoss:
+    """A meta-loss that tells by which estimator its meta-gradient comes to every leaf that requires grad."""
+
+    compute: Callable[..., Any]
+    estimator: Estimator
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The meta-loss."""
+        return self.compute(*args, **kwargs)
 
 
 def inner_loop(
@@ -112,4 +122,4 @@ def algorithm_of(
             state = unroll(unjudged, constant, task, steps=steps, seed=seed).state
         return Predict(model, {**constant["params"], **state.params}, state.buffers, train=False if evaluate else train)
 
-    return Algorithm(init, loss, adapt, estimator)
+    return Algorithm(init, EstimatedLoss(loss, estimator), adapt)

@@ -12,6 +12,7 @@ from funcmeta._check import check_count, check_flag
 from funcmeta._errors import ArgumentError
 from funcmeta._gradient import value_and_grad
 from funcmeta._typing import Batch, Meta, Params
+from funcmeta.algorithms._algorithm import EstimatedLoss
 from funcmeta.algorithms._language_model import LanguageModel
 from funcmeta.algorithms._static import train_static
 from funcmeta.estimators import Estimator, FirstOrder
@@ -86,11 +87,10 @@ class DynamicLanguageModel(NamedTuple):
         loss: (meta, task, carry=None) → ``Unrolled``: the mean loss over the next window of the stream, and its carry.
         adapt: (meta, task, carry=None) → ``Reading``: the stream read to its end, without a graph.
         problem: for ``unroll``; one step reads one segment.
-        estimator: what ``loss`` computes its meta-gradient by.
 
     Examples:
         >>> DynamicLanguageModel._fields
-        ('init', 'loss', 'adapt', 'problem', 'estimator')
+        ('init', 'loss', 'adapt', 'problem')
 
     Source: this library.
     """
@@ -99,7 +99,6 @@ class DynamicLanguageModel(NamedTuple):
     loss: Window
     adapt: Read
     problem: Problem
-    estimator: Estimator
 
 
 def build(
@@ -182,12 +181,12 @@ def build(
             out = unroll(problem, tree.detach(meta), task, steps=_left(task, carry), carry=carry)
         return Reading(out.info.aux, out.carry)
 
-    return DynamicLanguageModel(init, loss, adapt, problem, estimator)
+    return DynamicLanguageModel(init, EstimatedLoss(loss, estimator), adapt, problem)
 
 
 def _left(task: Task, carry: Carry | None) -> int:
     """How many segments of a stream are still to be read."""
-    if not isinstance(task, Task) or not isinstance(task.spec, tuple):
+    if not isinstance(task, Task) or not isinstance(task.spec, list | tuple):
         raise ArgumentError(
             f"task is {str(task)[:100]}, expected a stream, whose spec has an entry for each segment. Pass what "
             f"Corpus.stream returns."

@@ -12,7 +12,7 @@ from funcmeta import rng, tree
 from funcmeta._check import check_choice, check_count, check_flag
 from funcmeta._errors import ArgumentError, NonFiniteError, NonFiniteWarning, StructureError
 from funcmeta._typing import Meta, Params
-from funcmeta.algorithms._algorithm import Adapt, MetaLoss
+from funcmeta.algorithms._algorithm import Adapt, EstimatedLoss, MetaLoss
 from funcmeta.algorithms._scaffold import imitating, mismatch, rescaled
 from funcmeta.algorithms._start import carry_of, fresh_start
 from funcmeta.estimators import Estimator, FirstOrder
@@ -20,7 +20,6 @@ from funcmeta.learned import LearnedOptimizer, as_transform
 from funcmeta.memory import Memory, StoreAll
 from funcmeta.model import functionalize, init_params
 from funcmeta.optim import Transform
-from funcmeta.optim._transform import check_transform
 from funcmeta.problem import InnerLoss, Predict, Problem, inner_problem
 from funcmeta.tasks import Task
 from funcmeta.unroll import Carry, unroll
@@ -69,11 +68,10 @@ class L2L(NamedTuple):
             last; what ``windows`` repeats, for those who keep the carry themselves.
         imitation: (meta, tasks, seed=0) → 0-d loss, how far the updates are from the teacher's in one window.
         problem: the training as a ``Problem``, for ``unroll``, ``check_meta_grad`` or ``horizon_report``.
-        estimator: what the windows compute their meta-gradients by.
 
     Examples:
         >>> L2L._fields
-        ('init', 'loss', 'adapt', 'windows', 'begin', 'window', 'imitation', 'problem', 'estimator')
+        ('init', 'loss', 'adapt', 'windows', 'begin', 'window', 'imitation', 'problem')
 
     Source: this library.
     """
@@ -86,7 +84,6 @@ class L2L(NamedTuple):
     window: Window
     imitation: MetaLoss
     problem: Problem
-    estimator: Estimator
 
 
 def build(
@@ -171,8 +168,8 @@ def build(
         )
     if start is not None and not callable(start):
         raise ArgumentError(f"start is {start!r}, expected a function from a seed to parameters. Pass one, or None.")
-    if teacher is not None:
-        check_transform(teacher)
+    if not isinstance(teacher, Transform | None):
+        raise ArgumentError(f"teacher is {teacher!r}, expected a Transform or None. Pass e.g. funcmeta.optim.adam().")
     model, _, _ = functionalize(module)
     length_of = _length(steps)
     drawn = None if learn_start else start or fresh_start(module)
@@ -280,7 +277,7 @@ def build(
             state = unroll(plain, tree.detach(meta), task, steps=length_of(seed), seed=seed).state
         return Predict(model, state.params, state.buffers, train=False if evaluate else train)
 
-    return L2L(init, loss, adapt, windows, begin, window_of, imitation, unjudged, estimator)
+    return L2L(init, EstimatedLoss(loss, estimator), adapt, windows, begin, window_of, imitation, unjudged)
 
 
 def _parts(steps: int, window: int, *, least: int) -> list[int]:

@@ -19,6 +19,7 @@ from funcmeta._errors import ArgumentError, DataError
 from funcmeta.cli._recipe import Recipe, recipe
 from funcmeta.cli._settings import Settings, check_resumed, read, settings, text
 from funcmeta.training import Alarm, Fitted, Folder, Mean, Validation, _tree_file, evaluate, fit, load, progress, report
+from funcmeta.training._folder import read_log
 from funcmeta.training._ranks import Ranks
 
 CONFIG, RESULT = "config.toml", "evaluation.json"
@@ -97,6 +98,7 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
         "split": part,
         "score": made.score_name,
         "higher_is_better": made.higher_is_better,
+        "step": read_log(folder / "log.jsonl").records[-1].step,
         "mean": found.mean.value,
         "margin": found.mean.margin,
         "at_first": before.mean._asdict(),

@@ -69,6 +69,12 @@ class Search:
                 noise = self._noise(part, learned)
                 sums = tuple([before + each for before, each in zip(sums, noise, strict=True)])
                 metas = [torch.cat([leaf + each, leaf - each]) for leaf, each in zip(learned, noise, strict=True)]
+                pairs = [each.chunk(2) for each in metas if each.numel()]
+                if pairs and all(torch.equal(*pair) for pair in pairs):
+                    raise ArgumentError(
+                        f"sigma is {self.sigma}, which is lost where it is added to meta: all particles are alike. "
+                        f"Pass a larger one, or meta in double precision."
+                    )
                 losses, states = self._trained(part, meta, metas, states)
                 if losses is not None:
                     differences = (losses[: self.own] - losses[self.own :]).double()

@@ -131,13 +131,14 @@ def evaluate_optimizers(
     check_choice("strategy", strategy, ("vmap", "loop"))
     check_count("tasks", tasks)
     check_count("tuning_tasks", tuning_tasks)
-    rows, curves = [], {}
-    for place, (name, course) in enumerate(courses.items()):
+    for name, course in courses.items():
         if not isinstance(course, Course):
             raise ArgumentError(
                 f"courses['{name}'] is {course!r}, expected a Course. Pass Course(module, loss_fn, tasks, steps)."
             )
         check_count(f"courses['{name}'].steps", course.steps, advice="Pass e.g. steps=100.")
+    rows, curves = [], {}
+    for place, (name, course) in enumerate(courses.items()):
         tuning = course.tasks.sample_batch(rng.fold(seed, place, 0), tuning_tasks)
         held_out = course.tasks.sample_batch(rng.fold(seed, place, 1), tasks)
         for entrant, optimizer in entrants.items():

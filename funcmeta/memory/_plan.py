@@ -208,6 +208,8 @@ def plan(memory: Any, steps: int) -> Plan:
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ArgumentError(f"steps is {steps!r}, expected an integer of 0 or more. Pass e.g. steps=100.")
+    if steps >= 2**31:
+        raise ArgumentError(f"steps is {steps}, expected less than 2**31, as many as can be planned. Pass fewer.")
     if isinstance(memory, type) or not hasattr(memory, "actions"):
         raise ArgumentError(
             f"memory is {memory!r}, whose actions do not follow from a number of steps. Pass StoreAll(), Segments(), "

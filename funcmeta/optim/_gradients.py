@@ -9,7 +9,7 @@ from funcmeta import tree
 from funcmeta._errors import StructureError
 from funcmeta._typing import Hyper, Tree
 from funcmeta.optim._hyper import Hypers, Value, Values, check_reachable, double
-from funcmeta.optim._rule import StepState, check_floating_leaves, check_gradients, per_tensor, step_zero
+from funcmeta.optim._rule import StepState, check_floating_leaves, check_gradients, check_state, per_tensor, step_zero
 from funcmeta.optim._transform import Transform
 
 
@@ -36,8 +36,8 @@ def clip_by_value(limit: Hyper) -> Transform:
 
     def rule(values: Values, param: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         limit = values["limit"]
-        if not isinstance(limit, Tensor):
-            limit = min(limit, torch.finfo(grad.dtype).max)  # torch can not clamp at what the dtype does not reach
+        if not isinstance(limit, Tensor) and limit > torch.finfo(grad.dtype).max:
+            return (grad,)  # torch can not clamp at what the dtype does not reach
         return (grad.clamp(-limit, limit),)
 
     return per_tensor(Hypers(limit=limit), rule, counted=False)
@@ -102,6 +102,7 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
 
     def update(grads: Tree, state: StepState, params: Tree) -> tuple[Tree, StepState]:
         check_gradients(tree.aligned(params, grads, name="grads"), tree.leaves(params))
+        check_state(state, StepState)
         devices = {leaf.device for leaf in tree.leaves(grads)}
         if len(devices) > 1:
             raise StructureError(
@@ -109,7 +110,8 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
                 "one device. Use clip_by_norm, or move the parameters to one device."
             )
         square, most = tree.dot(grads, grads), hypers.single("max_norm", state.step)
-        check_reachable("max_norm", most, square)
+        for leaf in tree.leaves(params)[:1]:
+            check_reachable("max_norm", most, leaf)
         factor = _shrinkage(square, most)
         clipped = tree.map(lambda grad: (grad * factor).to(grad.dtype), grads)
         return clipped, StepState(state.step + 1 if hypers.scheduled else ())

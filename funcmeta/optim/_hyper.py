@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class Hypers:
         """The value that all parameters share at this step; an error where it differs within them."""
         hyper = {**self.fixed, **self.rest}[name]
         value = _plain(hyper(step)) if callable(hyper) else hyper
-        if (isinstance(value, Tensor) and value.ndim == 0) or isinstance(value, int | float):
+        if (isinstance(value, Tensor) and value.ndim == 0) or is_number(value):
             return value
         raise StructureError(
             f"{name} is {tree.describe(value)}, expected one number or 0-d tensor for all parameters together. "
@@ -125,12 +126,12 @@ def safe_sqrt(value: Tensor) -> Tensor:
 
 
 def _plain(value: Value) -> Value:
-    """A float of Python in place of one of NumPy, whose product with a tensor is no tensor."""
-    return float(value) if isinstance(value, float) else value
+    """A number of Python in place of one of NumPy, whose product with a tensor is no tensor."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_single(hyper: Hyper) -> bool:
-    return isinstance(hyper, int | float | Tensor)
+    return isinstance(hyper, Tensor) or is_number(hyper)
 
 
 def _check(name: str, hyper: Hyper) -> None:
@@ -152,7 +153,8 @@ def _check_type(name: str, hyper: Hyper) -> None:
         if isinstance(leaf, Tensor):
             if not _is_dense_float(leaf):
                 raise StructureError(
-                    f"{path} is {tree.describe(leaf)}, expected a dense floating-point tensor. Convert it by .float()."
+                    f"{path} is {tree.describe(leaf)}, expected a dense floating-point tensor. Convert it by "
+                    f"{'.float()' if leaf.layout is torch.strided else '.to_dense()'}."
                 )
         elif not is_number(leaf):
             raise ArgumentError(

@@ -97,11 +97,7 @@ def per_tensor(
         flat = tree.is_flat(params)
         leaves = list(params.values()) if flat else tree.leaves(params)
         given = _column(params, flat, grads, "grads")
-        if not isinstance(old, state):
-            raise StructureError(
-                f"state is a {type(old).__name__}, expected the {state.__name__} of this transform. Pass what its init "
-                "or its latest update returned."
-            )
+        check_state(old, state)
         kept = [_column(params, flat, getattr(old, name), name) for name in slots]
         check_gradients(given, leaves)
         for name, column in zip(slots, kept, strict=True):
@@ -154,14 +150,9 @@ def _climbing(rule: Rule) -> Rule:
 
 
 def step_zero(leaves: list[Tensor]) -> Tensor:
-    """The step count before the first step, on the device of the parameters."""
+    """The step count before the first step: on the device of the parameters, on the CPU where they are on several."""
     devices = {leaf.device for leaf in leaves}
-    if len(devices) > 1:
-        raise StructureError(
-            f"the parameters are on {', '.join(sorted(map(str, devices)))}, but their steps are counted on one device. "
-            "Use masked with one transform for each device, or move the parameters to one."
-        )
-    return torch.zeros((), dtype=torch.int64, device=leaves[0].device if leaves else None)
+    return torch.zeros((), dtype=torch.int64, device=devices.pop() if len(devices) == 1 else None)
 
 
 def check_floating_leaves(params: Tree, *, name: str) -> None:
@@ -173,6 +164,15 @@ def check_floating_leaves(params: Tree, *, name: str) -> None:
             raise StructureError(
                 f"{path} is {tree.describe(leaf)}, expected a dense floating-point tensor. Keep others out of it."
             )
+
+
+def check_state(state: Any, kind: type[Any]) -> None:
+    """Raise unless the state is one of this transform."""
+    if not isinstance(state, kind):
+        raise StructureError(
+            f"state is a {type(state).__name__}, expected the {kind.__name__} of this transform. Pass what its init "
+            "or its latest update returned."
+        )
 
 
 def check_gradients(grads: list[Any], params: list[Tensor]) -> None:

@@ -1,5 +1,6 @@
 """States to and from torch.optim, whose names the fields of the states carry."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import tree
-from funcmeta._check import check_count
+from funcmeta._check import is_number
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._typing import Tree
 from funcmeta.optim._adadelta import AdadeltaState
@@ -61,7 +62,8 @@ def from_torch_optim_state(
     Source: torch.optim.Optimizer.state_dict (https://docs.pytorch.org/docs/stable/optim.html).
     """
     check_transform(transform)
-    check_count("step", step, least=0, or_none=True, advice="Pass the number of steps taken so far.")
+    if step is not None:
+        step = _whole(step)
     state = transform.init(params)
     _check_namesake(state)
     saved = _saved("source", source)
@@ -163,6 +165,14 @@ def _taken(entry: Mapping[str, Any], name: str, like: Tensor) -> Tensor:
             "of the optimizer with the same options, and the parameters in the optimizer's order."
         )
     return value.detach().to(like, copy=True)
+
+
+def _whole(step: Any) -> int:
+    """A number of steps, which torch.optim counts by tensors of floats."""
+    number = step.item() if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta else step
+    if not is_number(number) or not (0 <= number < math.inf) or number != int(number):
+        raise ArgumentError(f"step is {step!r}, expected a whole number or None. Pass the number of steps taken.")
+    return int(number)
 
 
 def _steps_taken(entries: Mapping[int, Mapping[str, Any]], step: int | None) -> int:

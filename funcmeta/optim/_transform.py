@@ -140,7 +140,15 @@ def chain(*transforms: Transform) -> Transform:
     def init(params: Tree) -> ChainState:
         return ChainState(tuple(transform.init(params) for transform in transforms))
 
+    def check(state: object) -> None:
+        if not isinstance(state, ChainState) or len(state.states) != len(transforms):
+            raise StructureError(
+                f"state is a {type(state).__name__}, expected the ChainState of {len(transforms)} transforms. Pass "
+                "what init or the latest update returned."
+            )
+
     def update(grads: Tree, state: ChainState, params: Tree) -> tuple[Tree, ChainState]:
+        check(state)
         states = []
         for transform, own in zip(transforms, state.states, strict=True):
             grads, own = transform.update(grads, own, params)
@@ -152,6 +160,7 @@ def chain(*transforms: Transform) -> Transform:
     before, last = chain(*transforms[:-1]), transforms[-1]
 
     def advance_last(grads: Tree, state: ChainState, params: Tree) -> tuple[Tree, ChainState]:
+        check(state)
         updates, others = before.update(grads, ChainState(state.states[:-1]), params)
         moved, own = advance(last, updates, state.states[-1], params)
         return moved, ChainState((*others.states, own))
@@ -200,6 +209,11 @@ def masked(
         return MaskedState(transform.init(_pick(params, chosen, True)), others)
 
     def update(grads: Tree, state: MaskedState, params: Tree) -> tuple[Tree, MaskedState]:
+        if not isinstance(state, MaskedState):
+            raise StructureError(
+                f"state is a {type(state).__name__}, expected a MaskedState. Pass what init or the latest update "
+                "returned."
+            )
         chosen = _selection(where, params)
         named = _pick(params, chosen, True), _pick(params, chosen, False)
         column = tree.aligned(params, grads, name="grads")

@@ -157,7 +157,8 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
     def warmed(step: Tensor) -> Tensor:
         time = _time(step)
         value = schedule((time - steps).clamp(min=0))
-        _check_levels(**{"schedule(step)": value})
+        if not isinstance(value, Tensor) and not is_number(value):
+            raise ArgumentError(f"schedule(step) is {tree.describe(value)}, expected a number or a tensor. Return one.")
         return value * ((time + 1) / (steps + 1)).clamp(max=1)
 
     return warmed
@@ -165,8 +166,8 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
 
 def _time(step: Tensor | int) -> Tensor:
     """The step in double precision, so that a long schedule loses nothing."""
-    if not is_number(step) and not (isinstance(step, Tensor) and step.ndim == 0):
-        raise ArgumentError(f"step is {tree.describe(step)}, expected a number or a 0-d tensor. Pass the step's index.")
+    if not is_number(step) and not isinstance(step, Tensor):
+        raise ArgumentError(f"step is {tree.describe(step)}, expected a number or a tensor. Pass the step's index.")
     return torch.as_tensor(step).double()
 
 

@@ -128,6 +128,9 @@ class Corpus:
         """
         check_count("length", length)
         _check_articles("articles", articles)
+        return self._stream(articles, length)
+
+    def _stream(self, articles: Sequence[Article], length: int) -> Task:
         segments, places = [], []
         for index, article in enumerate(articles):
             tokens = self.tokens(article)
@@ -172,22 +175,23 @@ class Streams:
     def sample(self, seed: int) -> Task:
         """The stream of this seed."""
         order = torch.randperm(len(self.articles), generator=rng.generator(seed)).tolist()
-        return self.corpus.stream([self.articles[index] for index in order], self.length)
+        return self.corpus._stream([self.articles[index] for index in order], self.length)
 
     def alone(self, index: int) -> Task:
         """The stream that has the article of this index only."""
-        return self.corpus.stream([self.articles[index]], self.length)
+        return self.corpus._stream([self.articles[index]], self.length)
 
 
 def _check_articles(name: str, articles: Any) -> None:
     """Raise unless these are articles of words."""
-    if not isinstance(articles, list | tuple) or isinstance(articles, Article):
+    if not isinstance(articles, Sequence) or isinstance(articles, str | Article):
         raise ArgumentError(
             f"{name} is a {type(articles).__name__}, expected a list of Article. Pass what a loader returns."
         )
     for index, article in enumerate(articles):
-        words = article.words if isinstance(article, Article) else None
-        if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        words: Any = article.words if isinstance(article, Article) else None
+        whole = isinstance(words, Sequence) and not isinstance(words, str)
+        if not whole or not all(isinstance(word, str) for word in words):
             raise ArgumentError(
                 f"{name}[{index}] is {str(article)[:100]}, expected an Article of words. Pass what a loader returns."
             )

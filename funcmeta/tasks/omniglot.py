@@ -8,7 +8,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from funcmeta._check import check_choice, check_count, check_device, check_floating
+from funcmeta._check import check_choice, check_count, check_device, check_flag, check_floating
 from funcmeta._errors import DataError
 from funcmeta.tasks._archive import read_matching
 from funcmeta.tasks._drawings import average_areas, decode
@@ -107,6 +107,7 @@ def omniglot(
                 f"{alphabet}/{character} has {len(ink)} drawings, but {'/'.join(names[0])} has {len(pictures[0])}, "
                 f"expected the same number of each. {_ADVICE}"
             )
+    check_flag("rotations", rotations)
     if rotations:
         names = [(alphabet, character + turn) for alphabet, character in names for turn in _TURNS]
     bank = torch.stack(pictures) if pictures else torch.empty(0, 0, size, size)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from funcmeta import rng, tree
-from funcmeta._check import check_choice, check_count, check_positive
+from funcmeta._check import check_choice, check_count, check_flag, check_positive
 from funcmeta._errors import ArgumentError, DivergenceError
 from funcmeta._typing import Meta
 from funcmeta.tasks import Sampler, Streams
@@ -256,6 +256,7 @@ def _check_kinds(optimizer: Any, scheduler: Any, alarm: Any, validation: Any, fo
 
 def _check_validation(validation: Validation) -> None:
     check_score("validation.score", validation.score)
+    check_flag("validation.higher_is_better", validation.higher_is_better)
     check_count("validation.every", validation.every, advice="Pass e.g. every=50.")
     check_count("validation.number", validation.number, least=2, advice="Pass e.g. number=20.")
     check_count("validation.patience", validation.patience, or_none=True, advice="Pass e.g. patience=5.")

@@ -2,13 +2,17 @@
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from funcmeta._check import check_choice, check_count
+from funcmeta._check import check_choice, check_count, check_flag
 from funcmeta._errors import ArgumentError, DataError
 from funcmeta.training import _tree_file
 from funcmeta.training._evaluation import Mean
+
+ENDS = ("steps", "patience", "alarm")
+"""How a run ends, but for the names of signals."""
 
 COUNTED = 2**53
 """Steps, alarms and seconds are fewer: the integers that a float64 counts."""
@@ -88,6 +92,7 @@ class Store:
     def __init__(self, folder: Folder) -> None:
         check_count("every", folder.every, advice="Pass e.g. every=100.")
         check_count("keep", folder.keep, advice="Pass e.g. keep=2.")
+        check_flag("resume", folder.resume)
         check_choice("damaged", folder.damaged, ("raise", "previous"))
         self._folder, self.path = folder, Path(folder.path)
         self._checkpoints, self._log = self.path / "checkpoints", self.path / "log.jsonl"
@@ -186,7 +191,7 @@ def _with_line(log: Log, found: Any) -> Log:
         raise TypeError(f"it is a {type(found).__name__}")
     if log.ended is not None:
         raise ValueError("the run ended before")
-    if found.keys() == {"ended"} and isinstance(found["ended"], str):
+    if found.keys() == {"ended"} and (found["ended"] in ENDS or found["ended"] in signal.Signals.__members__):
         return log._replace(ended=found["ended"])
     record = Record(**found)
     if record.validation is not None:
@@ -201,7 +206,7 @@ def _with_line(log: Log, found: Any) -> Log:
         "alarm": isinstance(record.alarm, str | None),
         "validation": record.validation is None
         or (_is_finite(record.validation.value) and type(record.validation.margin) is float),
-        "best": type(record.best) is bool,
+        "best": type(record.best) is bool and not (record.best and record.validation is None),
         "alarms": type(record.alarms) is int and 0 <= record.alarms < COUNTED,
     }
     for name, value in record._asdict().items():

@@ -11,6 +11,7 @@ from funcmeta._batching import take
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Meta
 from funcmeta.algorithms import Algorithm, dynamic_lm, l2l
+from funcmeta.algorithms._algorithm import EstimatedLoss
 from funcmeta.problem import Predict
 from funcmeta.tasks import Sampler, Streams, Task
 from funcmeta.tasks._task import seeds, unstack
@@ -90,7 +91,7 @@ class _Whole:
         return self.algorithm.loss(meta, batch, seed=seed), None
 
     def may_leave_out(self, meta: Meta) -> bool:
-        return getattr(self.algorithm, "estimator", None) is None  # ours say themselves that a leaf is not reached
+        return not isinstance(self.algorithm.loss, EstimatedLoss)  # ours say themselves that a leaf is not reached
 
     def part_of_batch(self, batch: Task, rows: slice) -> Task:
         support, query = take(tuple(batch[:2]), rows)

@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from funcmeta import tree
 from funcmeta._errors import ArgumentError, DetachedError, FuncmetaError, LostProcessError, NonFiniteError
+from funcmeta._gradient import check_loss
 from funcmeta._typing import Meta
+from funcmeta.algorithms._algorithm import EstimatedLoss
 from funcmeta.estimators import Truncated
 from funcmeta.training._carries import Spread
 from funcmeta.training._objective import Objective
@@ -48,13 +50,13 @@ class Ranks:
     def check_share(self, algorithm: Any, spread: Spread) -> None:
         """Raise unless the particles that an estimator runs here are those that are left to this process.
 
-        Nothing is known about an algorithm that does not name its estimator.
+        Nothing is known about the estimator of an algorithm that is not the library's.
         """
-        estimator = getattr(algorithm, "estimator", None)
+        if not isinstance(algorithm.loss, EstimatedLoss):
+            return
+        estimator: Any = algorithm.loss.estimator
         while isinstance(estimator, Truncated):
             estimator = estimator.estimator
-        if estimator is None:
-            return
         shares = self.gathered(getattr(estimator, "share", None))
         if spread == "particles" and None in shares:
             raise ArgumentError(
@@ -133,9 +135,15 @@ class _Loss(nn.Module):
             self.carry, self.trouble = None, str(error)
             return torch.stack([0 * leaf.sum() for leaf in self.learned]).sum()
         self.trouble = None
+        check_loss(loss, name="The loss of the algorithm")
         if not loss.requires_grad:
-            raise DetachedError(
-                "The loss of the algorithm depends on no leaf of meta that requires grad. Compute it from meta, "
-                "without detach() or torch.no_grad()."
-            )
+            raise detached()
         return loss
+
+
+def detached() -> DetachedError:
+    """What to raise where no leaf gets a meta-gradient."""
+    return DetachedError(
+        "The loss of the algorithm depends on no leaf of meta that requires grad. Compute it from meta, without "
+        "detach() or torch.no_grad()."
+    )

@@ -58,7 +58,7 @@ def report(folder: str | Path) -> Path:
         _tiles(records, steps, best, judged),
         *_alarms(records),
         _page.section("Training", _page.columns(_charts(records, best))),
-        *([] if judged is None else [_tasks(judged, _is_stale(folder))]),
+        *([] if judged is None else [_tasks(judged, judged.step != records[-1].step)]),
         *([] if not config else [_page.section("Settings", _page.pairs(_texts(config)))]),
         _page.section("Machine", _page.paragraph("Where this page was written."), _page.pairs(_texts(machine()))),
     ]
@@ -74,6 +74,7 @@ class _Judged(NamedTuple):
     part: str
     score: str
     higher_is_better: bool
+    step: int
     mean: Mean
     at_first: Mean
     difference: Mean
@@ -123,6 +124,7 @@ def _judged(path: Path) -> _Judged | None:
             str(found["split"]),
             str(found["score"]),
             higher,
+            int(found["step"]),
             Mean(float(found["mean"]), float(found["margin"])),
             Mean(float(first["value"]), float(first["margin"])),
             Mean(float(difference["value"]), float(difference["margin"])),
@@ -136,7 +138,7 @@ def _judged(path: Path) -> _Judged | None:
 
 
 def _tiles(records: Sequence[Record], steps: int, best: Record | None, judged: _Judged | None) -> str:
-    alarms, step = records[-1].alarms, records[-1].step
+    alarms, step = sum(each.alarm is not None for each in records), records[-1].step
     losses = [each.loss for each in records if each.loss is not None]
     entries = [
         ("outer steps", f"{step} of {steps}" if step < steps else f"{step}", ""),
@@ -197,11 +199,6 @@ def _charts(records: Sequence[Record], best: Record | None) -> list[str]:
         text = "Mean on held-out tasks with its 95 % interval. Ring: the best."
         found.insert(1, _page.chart("Validation", text, panel.svg()))
     return found
-
-
-def _is_stale(folder: Path) -> bool:
-    """Whether the run went on after it was judged."""
-    return (folder / "log.jsonl").stat().st_mtime_ns > (folder / "evaluation.json").stat().st_mtime_ns
 
 
 def _tasks(judged: _Judged, stale: bool) -> str:

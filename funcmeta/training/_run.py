@@ -18,7 +18,7 @@ from funcmeta.training._carries import Spread
 from funcmeta.training._evaluation import Validation, judged
 from funcmeta.training._folder import Record, finite
 from funcmeta.training._objective import Objective
-from funcmeta.training._ranks import Averaged, Ranks
+from funcmeta.training._ranks import Averaged, Ranks, detached
 
 Optimizer = torch.optim.Optimizer
 Scheduler = torch.optim.lr_scheduler.LRScheduler
@@ -147,7 +147,7 @@ class Run:
         ).mean
         score = mean.value
         better = math.isfinite(score) and (
-            self.best is None or ((score > self.best.score) is plan.higher_is_better and score != self.best.score)
+            self.best is None or ((score > self.best.score) == plan.higher_is_better and score != self.best.score)
         )
         if better:
             self.best, self._stale = _Best(score, self.step, tree.map(torch.clone, tree.detach(self.meta))), 0
@@ -247,6 +247,8 @@ class Run:
             total += sum(each for each, _ in everyone) / self.ranks.number / len(self.lanes)
             if lane.carry is None:
                 self._next(lane)
+        if all(leaf.grad is None for leaf in self._learned):
+            raise detached()
         trouble = None
         norm = torch.nn.utils.clip_grad_norm_(self._learned, self._plan.clip or math.inf).item()
         if not math.isfinite(total):

@@ -157,7 +157,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[FuncmetaError], str]] = {
     ),
     "bool": (lambda: optim.sgd(True), ArgumentError, "lr is True (bool), expected a number"),
     "nothing": (lambda: optim.sgd(None), ArgumentError, "lr is None (NoneType), expected a number"),
-    "integer tensor": (lambda: optim.sgd(torch.tensor(1)), StructureError, "lr is int64[] on cpu, expected a dense floating"),
+    "integer tensor": (
+        lambda: optim.sgd(torch.tensor(1)),
+        StructureError,
+        "lr is int64[] on cpu, expected a dense",
+    ),
     "nesterov": (lambda: optim.sgd(0.1, nesterov=True), ArgumentError, "nesterov=True with momentum=0.0"),
     "nesterov damped": (
         lambda: optim.sgd(0.1, momentum=0.9, dampening=0.1, nesterov=True),

@@ -479,6 +479,18 @@ def test_a_loss_of_nothing_that_is_learned_is_an_error() -> None:
         fit(algorithm, TASKS, adam, steps=1)
 
 
+def test_a_loss_of_other_leaves_than_those_of_meta_is_an_error() -> None:
+    own = torch.ones((), requires_grad=True)
+    algorithm = half_used()._replace(loss=lambda meta, tasks, seed=0: own * 2)
+    with pytest.raises(fm.DetachedError, match="depends on no leaf of meta that requires grad"):
+        fit(algorithm, TASKS, adam, steps=1)
+
+
+def test_a_loss_that_is_no_tensor_is_an_error() -> None:
+    with pytest.raises(fm.LossError, match="The loss of the algorithm is a float, expected a 0-d tensor"):
+        fit(half_used()._replace(loss=lambda meta, tasks, seed=0: 1.0), TASKS, adam, steps=1)
+
+
 @pytest.mark.parametrize(
     ("estimator", "spread", "message"),
     [
