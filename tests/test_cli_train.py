@@ -7,16 +7,19 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 import funcmeta as fm
+from funcmeta.cli import _train
 from funcmeta.cli._app import app
-from funcmeta.cli._settings import ALGORITHMS, Settings, settings
+from funcmeta.cli._settings import ALGORITHMS, READS, Settings, reads, settings, text
 
 IMAGES = ("--filters", "2", "--queries", "1", "--inner-steps", "1")
 SMALL: dict[str, tuple[str, ...]] = {
@@ -101,7 +104,8 @@ def test_options_come_before_the_file_and_the_file_before_the_defaults(tmp_path:
     result = call("train", "--config", str(file), "--out", str(tmp_path / "run"), "--steps", "2", "--seed", "5")
     assert result.exit_code == 0, result.output
     told = config(tmp_path / "run")
-    assert set(told) == set(Settings.__dataclass_fields__)
+    unread = {"optimizer", "window", "vocabulary", "width", "segment", "static_epochs", "validation_tasks", "patience"}
+    assert set(told) == set(Settings.__dataclass_fields__) - unread
     assert (told["filters"], told["steps"], told["seed"], told["meta_lr"], told["inner_lr"]) == (2, 2, 5, 1, 0.1)
 
 
@@ -113,18 +117,151 @@ def test_defaults_follow_the_algorithm_and_the_tasks() -> None:
     assert settings({"algorithm": "reptile", "inner_lr": 0.5}, None).inner_lr == 0.5
 
 
+OTHER: dict[str, Any] = {
+    "tasks": "omniglot:somewhere",
+    "model": "mlp",
+    "ways": 4,
+    "shots": 2,
+    "queries": 3,
+    "size": 20,
+    "filters": 3,
+    "inner_steps": 2,
+    "inner_lr": 0.25,
+    "estimator": "truncated:1",
+    "memory": "segments:2",
+    "strategy": "loop",
+    "optimizer": "linear",
+    "window": 4,
+    "vocabulary": 60,
+    "width": 5,
+    "segment": 30,
+    "static_epochs": 2,
+    "steps": 7,
+    "batch_size": 6,
+    "accumulate": 2,
+    "meta_lr": 0.125,
+    "schedule": "cosine",
+    "clip": 2.0,
+    "alarm": "lower",
+    "limit": 8.0,
+    "validate_every": 3,
+    "validation_tasks": 5,
+    "patience": 2,
+    "checkpoint_every": 9,
+    "seed": 11,
+    "dtype": "float64",
+    "threads": 2,
+}
+"""For every setting a value that is no default."""
+
+
+def test_every_setting_is_among_those_that_are_tried() -> None:
+    assert [*OTHER] == [name for name in Settings.__dataclass_fields__ if name != "algorithm"]
+    assert set().union(*READS.values()) == {"algorithm", *OTHER}
+
+
+@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_setting_is_taken_or_refused(
+    algorithm: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Settings] = []
+    monkeypatch.setattr(_train, "recipe", lambda settings, *_: told.append(settings) or sys.exit(3))
+    (tmp_path / "mine.toml").write_text(f"{name} = {json.dumps(OTHER[name])}")
+    needed = ("--estimator", "pes:0.1:2") if name == "window" and {"shots", "window"} <= READS[algorithm] else ()
+    for number, words in enumerate(
+        [(f"--{name.replace('_', '-')}", str(OTHER[name])), ("--config", str(tmp_path / "mine.toml"))]
+    ):
+        out = tmp_path / str(number)
+        result = call("train", algorithm, *words, *needed, "--out", str(out))
+        if name in READS[algorithm]:
+            assert result.exit_code == 3, result.output
+            assert config(out)[name] == OTHER[name] == getattr(told[number], name)
+        else:
+            assert result.exit_code == 2
+            expected = f"Error: {name} is {OTHER[name]!r}, which {algorithm} does not read. It reads algorithm, tasks, "
+            assert expected in result.output
+            assert not out.exists()
+
+
+class Recorded:
+    """Settings that note which of them are read."""
+
+    def __init__(self, told: Settings) -> None:
+        self.told, self.names = told, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self.told, name)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_reads_what_it_says_and_nothing_else(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Recorded] = []
+    monkeypatch.setattr(_train, "settings", lambda *given: made.append(Recorded(settings(*given))) or made[-1])
+    monkeypatch.setattr(_train, "text", lambda each: text(each.told))
+    result = train(algorithm, tmp_path)
+    assert result.exit_code == 0, result.output
+    assert sorted(made[0].names) == sorted(reads(made[0].told)) == sorted(config(tmp_path))
+
+
+def test_the_page_says_what_is_read() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    rows = re.findall(
+        r"^\| (`maml`.*|`reptile`.*|`meta_lstm`.*|`l2l`.*|`dynamic_lm`.*) \| (.*) \|$", page, re.MULTILINE
+    )
+    common = set(re.findall(r"`(\w+)`", re.search(r"^All read (.*?)\. ", page, re.MULTILINE | re.DOTALL)[1]))
+    said = {}
+    for algorithms, names in rows:
+        own = set(re.findall(r"`(\w+)`", names)) - {"maml"}
+        for algorithm in re.findall(r"`(\w+)`", algorithms):
+            said[algorithm] = said["maml"] - own if "without" in names else {"algorithm", *common, *own}
+    assert said == READS
+
+
+@pytest.mark.parametrize("algorithm", ["reptile", "l2l"])
+def test_a_folder_that_has_every_setting_goes_on(algorithm: str, tmp_path: Path) -> None:
+    assert train(algorithm, tmp_path).exit_code == 0
+    every = {**asdict(Settings(algorithm)), "estimator": "reptile", **config(tmp_path)}
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(every))
+    result = call("train", "--out", str(tmp_path), "--resume", "--steps", "5")
+    assert "Ended after step 5" in result.output
+    assert call("evaluate", str(tmp_path), "--number", "2").exit_code == 0
+    refused = call("train", "--out", str(tmp_path), "--resume", "--segment", "20")
+    assert f"segment is 20, which {algorithm} does not read" in refused.output
+
+
 @pytest.mark.parametrize(
     "options",
     [
         ("--estimator", "first", "--memory", "segments:1", "--dtype", "float64"),
         ("--estimator", "mixed", "--memory", "revolve:1", "--dtype", "bfloat16"),
         ("--estimator", "truncated:1", "--memory", "segments", "--schedule", "cosine", "--clip", "1"),
+        ("--estimator", "pes:0.01:2", "--window", "1", "--inner-steps", "2"),
         ("--estimator", "es:0.01:2", "--alarm", "skip", "--limit", "1e9", "--patience", "1", "--accumulate", "2"),
-        ("--tasks", "sinusoids", "--strategy", "loop", "--validate-every", "0"),
     ],
 )
 def test_settings_that_go_together(options: tuple[str, ...], tmp_path: Path) -> None:
     result = train("maml", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+
+
+def test_sinusoids_in_a_loop_without_validation(tmp_path: Path) -> None:
+    words = (
+        "--tasks",
+        "sinusoids",
+        "--strategy",
+        "loop",
+        "--validate-every",
+        "0",
+        "--steps",
+        "2",
+        "--inner-steps",
+        "1",
+    )
+    result = call("train", "maml", "--out", str(tmp_path), *words)
     assert result.exit_code == 0, result.output
 
 
@@ -134,6 +271,7 @@ def test_kinds_of_learned_optimizers_and_persistent_strategies(kind: str, tmp_pa
     assert result.exit_code == 0, result.output
 
 
+UNREAD = "which maml does not read with"
 ERRORS: list[tuple[tuple[str, ...], str]] = [
     (("train",), "algorithm is None, expected one of maml, anil"),
     (("train", "mmaml"), "algorithm is 'mmaml', expected one of maml"),
@@ -142,12 +280,20 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
     (("train", "maml", "--meta-lr", "0"), "meta_lr is 0.0, expected a positive number"),
     (("train", "maml", "--clip", "-1"), "clip is -1.0, expected 0 for none, or a positive number"),
     (("train", "maml", "--schedule", "steps"), "schedule is 'steps', expected one of constant, cosine"),
-    (("train", "maml", "--patience", "2", "--validate-every", "0"), "patience needs validations"),
+    (("train", "maml", "--patience", "2", "--validate-every", "0"), f"patience is 2, {UNREAD} validate_every 0. It"),
+    (("train", "maml", "--validation-tasks", "2", "--validate-every", "0"), "validation_tasks is 2, which maml does n"),
+    (("train", "maml", "--ways", "2", "--tasks", "sinusoids"), f"ways is 2, {UNREAD} tasks 'sinusoids'. It reads alg"),
+    (("train", "maml", "--size", "20", "--tasks", "sinusoids"), f"size is 20, {UNREAD} tasks 'sinusoids'. It reads "),
+    (("train", "maml", "--filters", "2", "--tasks", "sinusoids"), f"filters is 2, {UNREAD} model 'mlp'. It reads "),
+    (("train", "maml", "--filters", "2", "--model", "mlp"), f"filters is 2, {UNREAD} model 'mlp'. It reads algorithm"),
+    (("train", "maml", "--memory", "store", "--estimator", "es:1:2"), f"memory is 'store', {UNREAD} estimator 'es:1:"),
+    (("train", "maml", "--memory", "store", "--estimator", "pes:1:2"), f"memory is 'store', {UNREAD} estimator 'pes"),
+    (("train", "maml", "--window", "2"), f"window is 2, {UNREAD} estimator 'second'. It reads algorithm, tasks"),
     (("train", "maml", "--estimator", "third"), "estimator is 'third', expected one of second, first, mixed, trunc"),
     (("train", "maml", "--estimator", "es:x:2"), "estimator is 'es:x:2', expected one of"),
     (("train", "maml", "--estimator", "es:-1:2"), "sigma is -1.0, expected a positive number"),
     (("train", "maml", "--memory", "revolve"), "memory is 'revolve', expected one of store, segments[:LENGTH], revol"),
-    (("train", "reptile", "--estimator", "first"), "estimator is 'first', but reptile has its own"),
+    (("train", "reptile", "--estimator", "first"), "estimator is 'first', which reptile does not read. It reads algo"),
     (("train", "maml", "--tasks", "quadratics"), "data is 'quadratics', expected glyphs"),
     (("train", "l2l", "--tasks", "glyphs"), "tasks is 'glyphs', expected quadratics for l2l"),
     (("train", "l2l", "--optimizer", "adam"), "optimizer is 'adam', expected one of linear, lstm"),

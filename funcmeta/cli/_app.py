@@ -106,7 +106,7 @@ def train(
     optimizer: Annotated[
         str | None, typer.Option(help="l2l: linear, lstm, rnnprop, mlp or hierarchical. lstm.")
     ] = None,
-    window: Annotated[int | None, typer.Option(help="l2l, dynamic_lm: steps of a window. 20.")] = None,
+    window: Annotated[int | None, typer.Option(help="l2l, dynamic_lm, pes: steps of a window. 20.")] = None,
     vocabulary: Annotated[int | None, typer.Option(help="dynamic_lm: words at most. 2000.")] = None,
     width: Annotated[int | None, typer.Option(help="dynamic_lm: units of the language model. 64.")] = None,
     segment: Annotated[int | None, typer.Option(help="dynamic_lm: words of a step. 20.")] = None,
@@ -133,7 +133,8 @@ def train(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch in each process. 1.")] = None,
 ) -> None:
-    """Meta-train, resumably: settings, checkpoints, a log and what was learned go into a folder.
+    """Meta-train, resumably: settings, checkpoints, a log and what was learned go into a folder. An option that the
+    algorithm does not read is an error, which names those that it reads.
 
     Started by torchrun (python -m torch.distributed.run --nproc-per-node N -m funcmeta train ...), the processes share
     the tasks of each batch. SIGTERM and Ctrl-C end the run after its step, with a checkpoint.

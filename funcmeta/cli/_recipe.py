@@ -126,11 +126,11 @@ def _few_shot(settings: Settings, ranks: Ranks) -> Recipe:
     )
     net, loss = topic.net.to(_dtype(settings)), _loss(settings, topic.loss)
     common: dict[str, Any] = {"steps": settings.inner_steps, "strategy": settings.strategy}
+    spread: Spread = "tasks"
     if settings.algorithm == "reptile":
-        if settings.estimator != "reptile":
-            raise ArgumentError(f"estimator is '{settings.estimator}', but reptile has its own. Leave it out.")
         algorithm = reptile.build(net, loss, optimizer=sgd(settings.inner_lr), **common)
     else:
+        spread = _spread(settings)
         common |= {"estimator": estimator(settings, ranks), "memory": memory(settings)}
         if settings.algorithm == "meta_lstm":
             with rng.forked(rng.fold(settings.seed, 20)):
@@ -152,7 +152,7 @@ def _few_shot(settings: Settings, ranks: Ranks) -> Recipe:
         score,
         topic.score_name,
         topic.higher_is_better,
-        _spread(settings),
+        spread,
     )
 
 

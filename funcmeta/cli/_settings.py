@@ -1,6 +1,7 @@
 """What ``funcmeta train`` is told: options, a TOML file, and what each algorithm takes when neither says it."""
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,13 @@ from typing import Any
 from funcmeta._check import check_count, check_positive
 from funcmeta._errors import ArgumentError, DataError
 
-ALGORITHMS = ("maml", "anil", "meta_sgd", "reptile", "meta_lstm", "l2l", "dynamic_lm")
-
 CHANGEABLE = frozenset({"steps", "checkpoint_every", "threads", "alarm", "limit"})
 """What may differ when a run is resumed; everything else decides what is learned."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what a run does, as its ``config.toml`` has it. 0 stands for none or never."""
+    """Everything that decides what a run does; its ``config.toml`` has what it reads. 0 stands for none or never."""
 
     algorithm: str
     tasks: str = "glyphs"
@@ -54,8 +53,45 @@ class Settings:
     threads: int = 1
 
 
+_OUTER = frozenset(
+    {"algorithm", "tasks", "steps", "batch_size", "accumulate", "meta_lr", "schedule", "clip", "alarm", "limit"}
+    | {"validate_every", "validation_tasks", "patience", "checkpoint_every", "seed", "dtype", "threads"}
+)
+_FEW_SHOT = _OUTER | {"model", "ways", "shots", "queries", "size", "filters", "inner_steps", "strategy"}
+_GRADIENT = frozenset({"estimator", "memory", "window"})
+
+READS: dict[str, frozenset[str]] = {
+    "maml": _FEW_SHOT | _GRADIENT | {"inner_lr"},
+    "anil": _FEW_SHOT | _GRADIENT | {"inner_lr"},
+    "meta_sgd": _FEW_SHOT | _GRADIENT | {"inner_lr"},
+    "reptile": _FEW_SHOT | {"inner_lr"},
+    "meta_lstm": _FEW_SHOT | _GRADIENT,
+    "l2l": _OUTER | _GRADIENT | {"inner_steps", "strategy", "optimizer"},
+    "dynamic_lm": _OUTER | _GRADIENT | {"vocabulary", "width", "segment", "static_epochs"},
+}
+"""The settings that each algorithm reads; any other that is given is refused."""
+
+ALGORITHMS = tuple(READS)
+
+
+def _kind(settings: Settings) -> str:
+    return settings.estimator.partition(":")[0]
+
+
+_IF: dict[str, tuple[str, Callable[[Settings], bool]]] = {
+    "ways": ("tasks", lambda told: told.tasks != "sinusoids"),
+    "size": ("tasks", lambda told: told.tasks != "sinusoids"),
+    "filters": ("model", lambda told: told.model != "mlp"),
+    "memory": ("estimator", lambda told: _kind(told) not in ("es", "pes")),
+    "window": ("estimator", lambda told: told.algorithm in ("l2l", "dynamic_lm") or _kind(told) == "pes"),
+    "validation_tasks": ("validate_every", lambda told: told.validate_every != 0),
+    "patience": ("validate_every", lambda told: told.validate_every != 0),
+}
+"""Settings that are read only if another one allows it: which one, and whether it does."""
+
+
 _OWN: dict[str, dict[str, Any]] = {
-    "reptile": {"estimator": "reptile", "inner_lr": 0.05, "inner_steps": 10, "meta_lr": 0.01},
+    "reptile": {"inner_lr": 0.05, "inner_steps": 10, "meta_lr": 0.01},
     "meta_lstm": {"estimator": "first", "inner_steps": 8},
     "l2l": {"tasks": "quadratics", "estimator": "first", "inner_steps": 100, "batch_size": 32, "clip": 1.0},
     "dynamic_lm": {"tasks": "pydoc", "estimator": "first", "window": 20, "batch_size": 1, "meta_lr": 0.01},
@@ -63,21 +99,40 @@ _OWN: dict[str, dict[str, Any]] = {
 """Defaults of an algorithm that differ from those of the table."""
 
 
-def settings(given: dict[str, Any], file: Path | None) -> Settings:
-    """Options before the file, the file before the defaults.
+def settings(given: dict[str, Any], kept: Path | None) -> Settings:
+    """What is given before what the folder of a run has kept, and that before the defaults.
+
+    What was kept but is not read is left out: folders of earlier versions have every setting.
 
     Raises:
-        ArgumentError: no algorithm or an unknown one, an unknown name in the file, or a value out of range.
+        ArgumentError: no algorithm or an unknown one, a setting is given that it does not read, an unknown name in
+            the file, or a value out of range.
         DataError: the file can not be read.
     """
-    known = {**({} if file is None else read(file)), **given}
+    known = {**({} if kept is None else read(kept)), **given}
     algorithm = known.get("algorithm")
     if algorithm not in ALGORITHMS:
         raise ArgumentError(f"algorithm is {algorithm!r}, expected one of {', '.join(ALGORITHMS)}. Name one.")
     own = dict(_OWN.get(algorithm, {}))
     if known.get("tasks") == "sinusoids":
         own |= {"model": "mlp", "inner_lr": 0.01, "shots": 10, "queries": 10}
-    return _checked(Settings(**{**own, **known}))
+    told = Settings(**{**own, **known})
+    names = reads(told)
+    for name, value in given.items():
+        if name not in names:
+            other = _IF[name][0] if name in READS[algorithm] else None
+            where = f" with {other} {getattr(told, other)!r}" if other else ""
+            raise ArgumentError(
+                f"{name} is {value!r}, which {algorithm} does not read{where}. It reads {', '.join(names)}. Leave "
+                f"{name} out."
+            )
+    return _checked(Settings(**{name: value for name, value in {**own, **known}.items() if name in names}))
+
+
+def reads(settings: Settings) -> list[str]:
+    """The settings that a run with these reads, in their order."""
+    names = [each.name for each in fields(Settings) if each.name in READS[settings.algorithm]]
+    return [name for name in names if name not in _IF or _IF[name][1](settings)]
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -98,10 +153,10 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def text(settings: Settings) -> str:
-    """As TOML."""
+    """Those that are read, as TOML."""
     import tomli_w
 
-    return tomli_w.dumps(asdict(settings))
+    return tomli_w.dumps({name: getattr(settings, name) for name in reads(settings)})
 
 
 def check_resumed(now: Settings, before: Settings) -> None:
@@ -142,6 +197,4 @@ def _checked(settings: Settings) -> Settings:
     }.items():
         if getattr(settings, name) not in choices:
             raise ArgumentError(f"{name} is {getattr(settings, name)!r}, expected one of {', '.join(choices)}.")
-    if settings.patience and not settings.validate_every:
-        raise ArgumentError("patience needs validations, and validate_every is 0. Pass e.g. --validate-every 100.")
     return settings

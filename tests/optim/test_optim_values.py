@@ -158,6 +158,23 @@ def test_lion_equals_the_program_of_its_paper(name: str) -> None:
     torch.testing.assert_close(got, expected, **EXACT)
 
 
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name != "sgd nesterov"])
+def test_what_is_not_given_is_as_in_its_namesake(name: str) -> None:
+    case, given = CASES[name], {"lr": 0.1} if name == "sgd" else {}
+    assert case.namesake is not None
+    expected = torch_steps(case.namesake(leaves := leaves_of(start()), **given), leaves, range(20))
+    transform = case.make(**given)
+    got, _ = our_steps(transform, transform.init(start()), start(), range(20))
+    torch.testing.assert_close(list(got.values()), [leaf.detach() for leaf in expected], **EXACT)
+
+
+def test_what_is_not_given_to_lion() -> None:
+    told = optim.lion(1e-4, betas=(0.9, 0.99), weight_decay=0.0, maximize=False)
+    expected, _ = our_steps(told, told.init(start()), start(), range(20))
+    got, _ = our_steps(optim.lion(), optim.lion().init(start()), start(), range(20))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", TORCH_CASES)
 def test_training_goes_on_from_torch(name: str) -> None:
     case = TORCH_CASES[name]
