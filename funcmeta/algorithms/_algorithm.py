@@ -84,11 +84,20 @@ def inner_loop(
     strategy: Strategy,
     train: bool | None,
     adapted: Callable[[str], bool] | None = None,
+    names: tuple[str, ...] = ("params",),
 ) -> Algorithm:
     """The algorithm that trains ``module`` for some steps by ``optimizer`` and differentiates that by ``estimator``."""
     problem = inner_problem(module, loss_fn, optimizer=optimizer, train=train, adapt=adapted)
     return algorithm_of(
-        problem, module, init=init, steps=steps, estimator=estimator, memory=memory, strategy=strategy, train=train
+        problem,
+        module,
+        init=init,
+        steps=steps,
+        estimator=estimator,
+        memory=memory,
+        strategy=strategy,
+        train=train,
+        names=names,
     )
 
 
@@ -102,21 +111,27 @@ def algorithm_of(
     memory: Memory,
     strategy: Strategy,
     train: bool | None,
+    names: tuple[str, ...],
 ) -> Algorithm:
     """The algorithm that takes some steps of a problem, whose states hold ``params`` and ``buffers`` of ``module``."""
     check_count("steps", steps, advice="Pass e.g. steps=5.")
     model, _, _ = functionalize(module)
     unjudged = problem._replace(meta_loss=lambda meta, state, query, seed: torch.zeros(()))
 
+    def check_meta(meta: Meta) -> None:
+        for name in names:
+            if not isinstance(meta, Mapping) or name not in meta:
+                raise StructureError(f"meta is {tree.describe(meta)}, expected '{name}' in it. Pass what init() gave.")
+
     def loss(meta: Meta, tasks: Task, *, seed: int = 0) -> Tensor:
+        check_meta(meta)
         out = unroll_batch(
             problem, meta, tasks, steps=steps, strategy=strategy, estimator=estimator, memory=memory, seed=seed
         )
         return out.loss
 
     def adapt(meta: Meta, task: Task, *, seed: int = 0, evaluate: bool = False) -> Predict:
-        if not isinstance(meta, Mapping) or "params" not in meta:
-            raise StructureError(f"meta is {tree.describe(meta)}, expected 'params' in it. Pass what init() gave.")
+        check_meta(meta)
         constant = tree.detach(meta)
         with torch.no_grad():
             state = unroll(unjudged, constant, task, steps=steps, seed=seed).state

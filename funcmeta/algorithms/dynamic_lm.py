@@ -205,6 +205,11 @@ def _problem(module: nn.Module, gates: Gates, hidden: Any) -> Problem:
         return ReadingState(meta["static"], start)
 
     def step(meta: Meta, state: ReadingState, batch: Batch, seed: int) -> tuple[ReadingState, StepInfo]:
+        if not isinstance(batch, list | tuple) or len(batch) != 2:
+            raise ArgumentError(
+                f"the stream gave a {type(batch).__name__}, expected a pair: words, and those that follow them. Pass "
+                f"what Corpus.stream returns."
+            )
         words, following = batch
 
         def objective(params: Params) -> tuple[Tensor, Any]:

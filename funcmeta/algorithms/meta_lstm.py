@@ -84,6 +84,7 @@ def build(
         module,
         init=lambda: {"params": init_params(module), "cell": init_params(cell)},
         steps=steps,
+        names=("params", "cell"),
         estimator=estimator,
         memory=memory,
         strategy=strategy,

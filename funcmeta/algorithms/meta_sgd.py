@@ -76,4 +76,5 @@ def build(
         memory=memory,
         strategy=strategy,
         train=train,
+        names=("params", "lr"),
     )

@@ -33,6 +33,9 @@ from funcmeta.training._carries import Spread
 from funcmeta.training._objective import Score
 from funcmeta.training._ranks import Ranks
 
+STATIC = "static.safetensors"
+"""The file in a run's folder with the language model that ``dynamic_lm`` begins with."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -272,7 +275,7 @@ def _static(settings: Settings, corpus: Any, folder: Path, ranks: Ranks) -> nn.M
     """The language model, trained as usual by the first process, or as the folder has it."""
     with rng.forked(rng.fold(settings.seed, 23)):
         net = dynamic_lm.LanguageModel(len(corpus.vocabulary), settings.width, dropout=0.3)
-        file = folder / "static.safetensors"
+        file = folder / STATIC
         if ranks.rank == 0 and not file.exists():
             text = [torch.cat([corpus.tokens(each) for each in part]) for part in (corpus.train, corpus.validation)]
             for _ in dynamic_lm.train_static(net, *text, epochs=settings.static_epochs):

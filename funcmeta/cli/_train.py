@@ -16,7 +16,7 @@ from rich.console import Console
 
 from funcmeta import rng, training, tree
 from funcmeta._errors import ArgumentError, DataError
-from funcmeta.cli._recipe import Recipe, recipe
+from funcmeta.cli._recipe import STATIC, Recipe, recipe
 from funcmeta.cli._settings import Settings, check_resumed, read, settings, text
 from funcmeta.training import Alarm, Fitted, Folder, Mean, Validation, _tree_file, evaluate, fit, load, progress, report
 from funcmeta.training._folder import read_log
@@ -35,6 +35,8 @@ def train(
     """
     began, kept = time.perf_counter(), out / CONFIG
     resumed = resume and kept.exists()
+    if resume and not resumed and config is None and "algorithm" not in given:
+        raise ArgumentError(f"{out} has no {CONFIG}, so no run of funcmeta train to go on with. Name an algorithm.")
     told = settings({**({} if config is None else read(config)), **given}, kept if resumed else None)
     if resumed:
         check_resumed(told, settings({}, kept))
@@ -44,11 +46,14 @@ def train(
         console = Console(quiet=ranks.rank > 0)
         torch.set_num_threads(told.threads)
         if first:
-            if not resume and (kept.exists() or (out / "log.jsonl").exists()):
-                raise ArgumentError(f"{out} has a run in it. Pass --resume to go on with it, or another --out.")
-            _tree_file.put(kept, text(told).encode())
+            _check_folder(out, resume, told.steps)
+            if not resumed:
+                (out / STATIC).unlink(missing_ok=True)
         ranks.gathered(None)
         made = recipe(told, out, ranks)
+        if first:
+            _tree_file.put(kept, text(told).encode())
+        ranks.gathered(None)
         console.print(f"[bold]{made.title}[/bold], {told.steps} steps, in {out}", highlight=False, soft_wrap=True)
         bar = [watching.enter_context(progress(told.steps))] if first else []
         fitted = fit(
@@ -71,6 +76,18 @@ def train(
         if first and fitted.ended in ("steps", "patience"):
             report(out)
         return _told(fitted, out, console, time.perf_counter() - began, max if made.higher_is_better else min)
+
+
+def _check_folder(out: Path, resume: bool, steps: int) -> None:
+    """Raise unless a run may begin, or go on to so many steps, in this folder."""
+    log = out / "log.jsonl"
+    if not log.exists():
+        return
+    if not resume:
+        raise ArgumentError(f"{out} has a run in it. Pass --resume to go on with it, or another --out.")
+    taken = max((record.step for record in read_log(log).records), default=0)
+    if taken > steps:
+        raise ArgumentError(f"steps is {steps}, but the run has taken {taken} already. Pass at least as many.")
 
 
 def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
@@ -138,7 +155,7 @@ def _told(fitted: Fitted, out: Path, console: Console, seconds: float, choose: C
         return 128 + getattr(signal, fitted.ended, signal.SIGTERM)
     means = [record.validation for record in fitted.records if record.validation]
     best = f" Validation: {means[0]} at first, {choose(means)} at its best." if means else ""
-    alarms = f" {fitted.alarms} steps were left out." if fitted.alarms else ""
+    alarms = f" {fitted.alarms} step{'s were' if fitted.alarms > 1 else ' was'} left out." if fitted.alarms else ""
     why = "Validation got no better, so it ended" if fitted.ended == "patience" else "Ended"
     wrote = f"Wrote {out / 'meta.safetensors'} and {out / 'report.html'}."
     console.print(f"{why} {done}.{best}{alarms} {wrote}", highlight=False, soft_wrap=True)

@@ -136,6 +136,11 @@ def evaluate_optimizers(
             raise ArgumentError(
                 f"courses['{name}'] is {course!r}, expected a Course. Pass Course(module, loss_fn, tasks, steps)."
             )
+        if not callable(getattr(course.tasks, "sample_batch", None)):
+            raise ArgumentError(
+                f"courses['{name}'].tasks is a {type(course.tasks).__name__}, expected a sampler. Pass e.g. "
+                f"funcmeta.tasks.sinusoids()."
+            )
         check_count(f"courses['{name}'].steps", course.steps, advice="Pass e.g. steps=100.")
     rows, curves = [], {}
     for place, (name, course) in enumerate(courses.items()):

@@ -106,6 +106,8 @@ def _check_trees(at: Tree, direction: Tree) -> None:
                 f"{path} is {tree.describe(leaf)}, expected a floating-point tensor. Keep what can not be moved out of "
                 f"the tree: let fn close over it."
             )
+        if leaf.is_meta:
+            raise StructureError(f"{path} is {tree.describe(leaf)}, which has no data. Pass it on 'cpu' or 'cuda'.")
     tree.check_same(at, direction, name="direction", advice="Make the direction of torch.randn_like(leaf).")
 
 

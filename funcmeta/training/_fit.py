@@ -14,7 +14,7 @@ from funcmeta.training._carries import Spread
 from funcmeta.training._codec import encode
 from funcmeta.training._evaluation import Validation, check_score
 from funcmeta.training._folder import Folder, Record, Store
-from funcmeta.training._objective import objective
+from funcmeta.training._objective import check_repeatable, objective
 from funcmeta.training._ranks import Ranks
 from funcmeta.training._run import Alarm, Optimizer, Plan, Run, Scheduler
 from funcmeta.training._signals import Signals
@@ -80,7 +80,8 @@ def fit(
     Args:
         algorithm: what ``algorithms.<name>.build`` returned, or an ``Algorithm`` of your own.
         tasks: a sampler of tasks to train on; for a language model ``Corpus.streams(...)``.
-        optimizer: meta → an optimizer of torch, e.g. ``lambda meta: torch.optim.Adam(meta["params"].values())``.
+        optimizer: meta → an optimizer of torch, e.g. ``lambda meta: torch.optim.Adam(fm.tree.leaves(meta))``;
+            it has to hold every leaf that requires grad.
         steps: outer steps in all, those before a resumption included.
         batch_size: tasks in a batch, over all processes.
         accumulate: A, batches whose mean gradient makes a step.
@@ -102,9 +103,11 @@ def fit(
 
     Raises:
         ArgumentError: a number is out of range, ``batch_size`` can not be shared among the processes, ``spread`` and
-            the ``share`` of the estimator do not go together, nothing is learned, the folder has a run that is not to
-            be resumed, or the run was begun with other settings.
+            the ``share`` of the estimator do not go together, nothing is learned, the optimizer has not got exactly the
+            leaves that are learned, the sampler returns other than a stack of so many tasks, the folder has a run that
+            is not to be resumed, or the run was begun with other settings or has taken more steps.
         DetachedError: the loss depends on nothing that is learned.
+        ReplayError: the sampler gives two different batches for one seed.
         DataError: a checkpoint can not be read, or needs a class that is not imported.
         SaveError: the system does not take a file.
         LostProcessError: another process ended, or can not be reached.
@@ -116,7 +119,7 @@ def fit(
         ...     return ((predict(x) - y) ** 2).mean()
         >>> algorithm = fm.maml.build(torch.nn.Linear(1, 1), loss, steps=1, lr=0.01, strategy="vmap")
         >>> def optimizer(meta):
-        ...     return torch.optim.Adam(meta["params"].values(), lr=1e-3)
+        ...     return torch.optim.Adam(fm.tree.leaves(meta), lr=1e-3)
         >>> fitted = fit(algorithm, fm.tasks.sinusoids(), optimizer, steps=3)
         >>> [record.step for record in fitted.records]
         [1, 2, 3]
@@ -143,11 +146,12 @@ def fit(
         )
     aim = objective(algorithm, tasks, spread)
     ranks.check_share(algorithm, spread)
+    check_repeatable(aim, rng.fold(seed, 0, 0), batch_size)
     own = _owned(algorithm.init() if meta is None else meta)
     plan = Plan(seed, batch_size, accumulate, clip, alarm, validation, spread)
     run = Run(aim, own, optimizer, scheduler, plan, ranks)
     store = None if folder is None else Store(folder)
-    records = _opened(run, store)
+    records = _opened(run, store, steps)
     with Signals() as signals:
         ended = _loop(run, steps, store, records, watch, signals)
     learned = run.learned()
@@ -158,7 +162,7 @@ def fit(
     return Fitted(learned, run.step, ended, tuple(records), run.alarms)
 
 
-def _opened(run: Run, store: Store | None) -> list[Record]:
+def _opened(run: Run, store: Store | None, most: int) -> list[Record]:
     """Take up what the folder has, and its records."""
     if store is None:
         return []
@@ -171,6 +175,8 @@ def _opened(run: Run, store: Store | None) -> list[Record]:
             f"The processes found the checkpoints of the steps {steps}, in the order of their ranks. Give them one "
             f"folder that all of them can read."
         )
+    if run.step > most:
+        raise ArgumentError(f"steps is {most}, but the run has taken {run.step} already. Pass at least as many.")
     return [] if run.ranks.rank else store.begin_log(-1 if found is None else run.step)
 
 
@@ -234,11 +240,17 @@ def _owned(meta: Meta) -> Meta:
     return own
 
 
+_OPTIMIZER = (
+    "a function from meta to an optimizer of torch. Pass e.g. "
+    "lambda meta: torch.optim.Adam(funcmeta.tree.leaves(meta), lr=1e-3)"
+)
+
+
 def _check_kinds(optimizer: Any, scheduler: Any, alarm: Any, validation: Any, folder: Any, watch: Any) -> None:
     """Raise unless each is of the kind that it has to be."""
     watches = isinstance(watch, list | tuple) and all(map(callable, watch))
     for name, value, good, wanted in (
-        ("optimizer", optimizer, callable(optimizer), "a function from meta to an optimizer of torch"),
+        ("optimizer", optimizer, callable(optimizer), _OPTIMIZER),
         (
             "scheduler",
             scheduler,
@@ -251,7 +263,7 @@ def _check_kinds(optimizer: Any, scheduler: Any, alarm: Any, validation: Any, fo
         ("watch", watch, watches, "a list of functions"),
     ):
         if not good:
-            raise ArgumentError(f"{name} is {value!r}, expected {wanted}. Pass one, or leave it out.")
+            raise ArgumentError(f"{name} is {str(value)[:80]}, expected {wanted}.")
 
 
 def _check_validation(validation: Validation) -> None:

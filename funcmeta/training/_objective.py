@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from funcmeta import rng, tree
 from funcmeta._batching import take
-from funcmeta._errors import ArgumentError
+from funcmeta._errors import ArgumentError, ReplayError
 from funcmeta._typing import Meta
 from funcmeta.algorithms import Algorithm, dynamic_lm, l2l
 from funcmeta.algorithms._algorithm import EstimatedLoss
@@ -74,6 +75,20 @@ def objective(algorithm: Any, tasks: Sampler | Streams, spread: Spread = "tasks"
     )
 
 
+def check_repeatable(aim: Objective, seed: int, batch_size: int) -> None:
+    """Raise unless the same seed gives the same tasks."""
+    drawn = []
+    for _ in range(2):
+        with rng.forked(seed):  # torch's global generators follow from seed and step in a training
+            drawn.append(tree.tensors(aim.sample(seed, batch_size)))
+    first, second = drawn
+    if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)):
+        raise ReplayError(
+            "The sampler gave two different batches for one seed, so that a resumed run would see other tasks. Draw "
+            "from torch.Generator().manual_seed(seed) alone."
+        )
+
+
 @dataclass(frozen=True)
 class _Whole:
     """Algorithms whose loss is that of whole inner trainings."""
@@ -82,7 +97,20 @@ class _Whole:
     tasks: Sampler
 
     def sample(self, seed: int, batch_size: int) -> Task:
-        return self.tasks.sample_batch(seed, batch_size)
+        batch = self.tasks.sample_batch(seed, batch_size)
+        if not isinstance(batch, Task):
+            raise ArgumentError(
+                f"sample_batch returned a {type(batch).__name__}, expected a Task of {batch_size} stacked tasks. "
+                f"Return what funcmeta.tasks.stack makes of a list of them."
+            )
+        for part in (() if callable(batch.support) else batch.support, batch.query):
+            for leaf in tree.tensors(part):
+                if not leaf.ndim or len(leaf) != batch_size:
+                    raise ArgumentError(
+                        f"sample_batch({seed}, {batch_size}) has a {tree.describe(leaf)}, expected {batch_size} tasks "
+                        f"along the first dimension. Return what funcmeta.tasks.stack makes of a list of tasks."
+                    )
+        return batch
 
     def begin(self, meta: Meta, batch: Task, seed: int) -> None:
         return None

@@ -20,8 +20,9 @@ KEPT = 0.9
 def progress(steps: int) -> Iterator[Watch]:
     """A progress bar on stderr while the block runs.
 
-    It shows the loss (ℓ ← 0.9 · ℓ + 0.1 · loss), the norm of the last meta-gradient, the last validation, the number
-    of steps that were left out if there are any, steps per second, and time. A resumed run begins where it is taken up.
+    It shows the loss (ℓ ← 0.9 · ℓ + 0.1 · loss, without steps that were left out), the norm of the last meta-gradient,
+    the last validation, the number of steps that were left out if there are any, steps per second, and time. A resumed
+    run begins where it is taken up.
     What is no terminal gets the last state only, when the block ends. Of several processes the first one draws.
 
     Args:
@@ -66,7 +67,7 @@ def progress(steps: int) -> Iterator[Watch]:
 
         def watch(record: Record) -> None:
             nonlocal loss, validation
-            if record.loss is not None:
+            if record.loss is not None and record.alarm is None:
                 loss = record.loss if loss is None else KEPT * loss + (1 - KEPT) * record.loss
             validation = record.validation or validation
             bar.update(task, completed=record.step)
@@ -83,3 +84,5 @@ def progress(steps: int) -> Iterator[Watch]:
             live.update(Group(bar, line))
 
         yield watch
+    if not console.is_terminal:
+        console.print()  # rich ends the last line of a terminal only

@@ -150,7 +150,7 @@ def _tiles(records: Sequence[Record], steps: int, best: Record | None, judged: _
     if best is not None:
         entries.append((f"best validation, step {best.step}", f"{best.validation}", "good"))
     entries.append(("steps left out", f"{alarms}" if alarms else "none", "bad" if alarms else ""))
-    if judged is not None:
+    if judged is not None and judged.step == step:
         entries.append((f"{judged.score}, {judged.part} tasks", f"{judged.mean}", "good"))
     return _page.tiles(entries)
 

@@ -97,6 +97,7 @@ class Run:
                 f"optimizer returned a {type(self._optimizer).__name__}, expected an optimizer of torch. Pass e.g. "
                 f"lambda meta: torch.optim.Adam(meta['params'].values(), lr=1e-3)."
             )
+        _check_held(self._optimizer, meta)
         self._scheduler = scheduler(self._optimizer) if scheduler else None
         if isinstance(self._scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise ArgumentError(
@@ -301,3 +302,21 @@ class Run:
                 f"inner learning rate, or clip; or pass alarm=Alarm('skip') or Alarm('lower') (--alarm) to go on "
                 f"without such steps."
             )
+
+
+def _check_held(optimizer: Optimizer, meta: Meta) -> None:
+    """Raise unless the optimizer has the leaves of meta that are learned, and no other tensors."""
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    learned = {id(leaf): name for name, leaf in tree.named_leaves(meta, "meta") if leaf.requires_grad}
+    advice = "Make the optimizer from what it is given, e.g. lambda meta: torch.optim.Adam(funcmeta.tree.leaves(meta))."
+    others = len(held - learned.keys())
+    if others:
+        raise ArgumentError(
+            f"The optimizer has {others} tensors that meta does not learn, perhaps those of a module. {advice}"
+        )
+    left = [name for each, name in learned.items() if each not in held]
+    if left:
+        raise ArgumentError(
+            f"{', '.join(left[:5])}{' and others' if left[5:] else ''} would never be learned: the optimizer has not "
+            f"got it. {advice} Pass meta= with requires_grad=False for what shall stay as it is."
+        )

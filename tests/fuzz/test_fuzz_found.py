@@ -56,6 +56,27 @@ def fitted(**options: Any) -> Any:
     return training.fit(algorithm, sampler, keywords.pop("optimizer"), steps=1, **keywords)
 
 
+class Listing:
+    """A sampler that forgets to stack, or counts wrongly."""
+
+    def __init__(self, *, few: bool = False) -> None:
+        self.few = few
+
+    def sample_batch(self, seed: int, tasks: int) -> Any:
+        batch = fm.tasks.sinusoids().sample_batch(seed, tasks - self.few)
+        return batch if self.few else [batch]
+
+
+class Drawing:
+    """A sampler that does not follow from the seed."""
+
+    def __init__(self) -> None:
+        self.seeds = iter(range(99))
+
+    def sample_batch(self, seed: int, tasks: int) -> Any:
+        return fm.tasks.sinusoids().sample_batch(next(self.seeds), tasks)
+
+
 def judged(**options: Any) -> Any:
     algorithm = fm.maml.build(NET, squares, steps=1, lr=0.1, strategy="loop")
     return training.evaluate(algorithm, algorithm.init(), tasks.sinusoids(), number=2, **options)
@@ -235,6 +256,53 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         lambda: learned.TorchOptimizer(NET.parameters(), optim.adam()).load_state_dict({"state": {1: 2}}),
         fm.StructureError,
         "state_dict has not the param_groups of 2 parameters. Load what the same optimizer saved",
+    ),
+    "rates that are missing": (
+        lambda: fm.meta_sgd.build(NET, squares, steps=1, lr=0.1).loss({"params": {}}, TASK),
+        fm.StructureError,
+        "expected 'lr' in it. Pass what",
+    ),
+    "a course without tasks": (
+        lambda: fm.evaluate_optimizers({"sgd": optim.sgd(0.1)}, {"a": fm.Course(NET, squares, None)}),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        r"courses\['a'\].tasks is a NoneType, expected a sampler",
+    ),
+    "a segment that is no pair": (
+        lambda: dynamic_lm.build(READER, learned.gates()).adapt(
+            dynamic_lm.build(READER, learned.gates()).init(), fm.Task(lambda index: None, None, (0,) * 4)
+        ),
+        fm.ArgumentError,
+        "the stream gave a NoneType, expected a pair",
+    ),
+    "a difference without data": (
+        lambda: fm.finite_difference(lambda tree: tree["w"].sum(), ON_META, ON_META),
+        fm.StructureError,
+        "has no data",
+    ),
+    "an optimizer of other tensors": (
+        lambda: fitted(optimizer=lambda meta: torch.optim.SGD(NET.parameters(), lr=0.1)),
+        fm.ArgumentError,
+        "The optimizer has 2 tensors that meta does not learn, perhaps those of a module",
+    ),
+    "an optimizer of some leaves": (
+        lambda: fitted(optimizer=lambda meta: torch.optim.SGD([meta["params"]["bias"]], lr=0.1)),
+        fm.ArgumentError,
+        r"meta\['params'\]\['weight'\] would never be learned: the optimizer has not got it",
+    ),
+    "a batch that is a list": (
+        lambda: fitted(tasks=Listing()),
+        fm.ArgumentError,
+        "sample_batch returned a list, expect",
+    ),
+    "a batch of another number": (
+        lambda: fitted(tasks=Listing(few=True)),
+        fm.ArgumentError,
+        r"sample_batch\(\d+, 4\) has a float32\[3, 10, 1\] on cpu, expected 4 tasks along the first dimension",
+    ),
+    "a sampler that draws anew": (
+        lambda: fitted(tasks=Drawing()),
+        fm.ReplayError,
+        "The sampler gave two different batches for one seed",
     ),
     "a head that is no name": (
         lambda: fm.anil.build(NET, squares, head=len, steps=1, lr=0.1),  # type: ignore[arg-type]
