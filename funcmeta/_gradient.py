@@ -231,3 +231,6 @@ def _check_params(params: Tree) -> None:
                 f"{path} is {tree.describe(leaf)}, expected a floating-point tensor. "
                 f"Keep what is not trained out of the parameters."
             )
+        if leaf.layout is not torch.strided:
+            path = tree.named_leaves(params, "params")[index][0]
+            raise StructureError(f"{path} is {tree.describe(leaf)}, expected a dense tensor. Convert it by to_dense().")

@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import tomli_w
@@ -166,7 +167,8 @@ def test_a_setting_is_taken_or_refused(
     algorithm: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Settings] = []
-    monkeypatch.setattr(_train, "recipe", lambda settings, *_: told.append(settings) or sys.exit(3))
+    monkeypatch.setattr(_train, "recipe", lambda settings, *_: told.append(settings) or MagicMock())
+    monkeypatch.setattr(_train, "fit", lambda *_, **__: sys.exit(3))
     (tmp_path / "mine.toml").write_text(f"{name} = {json.dumps(OTHER[name])}")
     needed = ("--estimator", "pes:0.1:2") if name == "window" and {"shots", "window"} <= READS[algorithm] else ()
     for number, words in enumerate(

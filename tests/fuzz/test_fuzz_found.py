@@ -451,6 +451,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.ArgumentError,
         r"got 3 \(int\), expected a Transform",
     ),
+    "the gradient by what is sparse": (
+        lambda: fm.value_and_grad(lambda w: w.sum())(torch.ones(2).to_sparse()),
+        fm.StructureError,
+        r"params is sparse_coo float32\[2\] on cpu, expected a dense tensor",
+    ),
     "no problem": (lambda: unrolled(problem=X), fm.ArgumentError, r"problem is a Tensor, expected a Problem\. Pass"),
     "a problem without functions": (
         lambda: unrolled(problem=PROBLEM._replace(meta_loss=3)),  # type: ignore[arg-type]
