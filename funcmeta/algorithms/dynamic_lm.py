@@ -205,12 +205,13 @@ def _problem(module: nn.Module, gates: Gates, hidden: Any) -> Problem:
         return ReadingState(meta["static"], start)
 
     def step(meta: Meta, state: ReadingState, batch: Batch, seed: int) -> tuple[ReadingState, StepInfo]:
-        if not isinstance(batch, list | tuple) or len(batch) != 2:
+        words, following = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, batch)
+        whole = all(isinstance(each, Tensor) and each.dtype == torch.int64 for each in (words, following))
+        if not whole or words is following or words.shape != following.shape:
             raise ArgumentError(
-                f"the stream gave a {type(batch).__name__}, expected a pair: words, and those that follow them. Pass "
-                f"what Corpus.stream returns."
+                f"the stream gave {tree.map(tree.describe, batch)}, expected a pair of int64 [words]: words, and those "
+                f"that follow them. Pass what Corpus.stream returns."
             )
-        words, following = batch
 
         def objective(params: Params) -> tuple[Tensor, Any]:
             (scores, hidden), _ = model(params, buffers, words, state.hidden, train=False)

@@ -298,7 +298,7 @@ def _length(steps: Steps) -> Callable[[int], int]:
         if low > high:
             raise ArgumentError(f"steps is {steps!r}, expected bounds (low, high). Exchange them.")
         return lambda seed: _drawn(low, high, seed)
-    if callable(steps):
+    if callable(steps) and not isinstance(steps, type):
         return lambda seed: int(check_count("steps(seed)", steps(seed), advice="Return a positive integer."))
     fixed: int = check_count("steps", steps, advice="Pass e.g. steps=100, bounds, or a function of the seed.")
     return lambda seed: fixed

@@ -130,7 +130,7 @@ def evaluate(
 
 def check_score(name: str, score: Any) -> None:
     """Raise unless this is a function or None."""
-    if score is not None and not callable(score):
+    if score is not None and (not callable(score) or isinstance(score, type)):
         raise ArgumentError(f"{name} is {score!r}, expected a function (predict, task) → number, or None. Pass one.")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funcmeta import rng, tree
 from funcmeta._batching import take
+from funcmeta._check import is_number
 from funcmeta._errors import ArgumentError, ReplayError
 from funcmeta._typing import Meta
 from funcmeta.algorithms import Algorithm, dynamic_lm, l2l
@@ -138,7 +139,10 @@ class _Whole:
                 return self.algorithm.loss(meta, one, seed=seed).item()
         task = unstack(one, 0)
         with torch.no_grad():
-            return float(score(self.algorithm.adapt(meta, task, seed=seed), task))
+            value = score(self.algorithm.adapt(meta, task, seed=seed), task)
+        if not (value.numel() == 1 if isinstance(value, Tensor) else is_number(value)):
+            raise ArgumentError(f"score returned {tree.describe(value)}, expected a number. Reduce it by mean().")
+        return float(value)
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
             dynamic_lm.build(READER, learned.gates()).init(), fm.Task(lambda index: None, None, (0,) * 4)
         ),
         fm.ArgumentError,
-        "the stream gave a NoneType, expected a pair",
+        r"the stream gave None \(NoneType\), expected a pair of int64",
     ),
     "a difference without data": (
         lambda: fm.finite_difference(lambda tree: tree["w"].sum(), ON_META, ON_META),
@@ -341,6 +341,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         "alarm.limit is 'a', expected a positive number",
     ),
     "no sampler": (lambda: fitted(tasks=3), fm.ArgumentError, "tasks is a int, expected a sampler"),
+    "a class as score": (lambda: judged(score=nn.Linear), fm.ArgumentError, "score is <class .*, expected a function"),
+    "a score in a row": (
+        lambda: judged(score=lambda predict, task: task.query[0]),
+        fm.ArgumentError,
+        r"score returned float32\[10, 1\] on cpu, expected a number\. Reduce it by mean",
+    ),
     "no score": (lambda: judged(score=3), fm.ArgumentError, "score is 3, expected a function"),
     "no order": (
         lambda: fm.check_meta_grad(PROBLEM, a_meta(), TASK, steps=1, order=[]),  # type: ignore[arg-type]
@@ -519,6 +525,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         lambda: learned.gates(copy=torch.ones(2).to_sparse()),  # type: ignore[arg-type]
         fm.ArgumentError,
         r"(?s)copy is tensor.*, expected a number in \(0, 1\), or 1 to fix the gate",
+    ),
+    "a class as a curriculum": (
+        lambda: fm.l2l.build(learned.linear(), NET, squares, steps=nn.Linear),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "steps is <class .*, expected a positive integer",
     ),
     "no module": (
         lambda: fm.l2l.build(learned.linear(), None, squares, steps=1),  # type: ignore[arg-type]
