@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from memory_cases import Setting, close, gradient, setting, tightest, wanted
+from memory_cases import Setting, close, gradient, learned_optimizer, setting, tightest, wanted
 from torch import Tensor, nn
 
 import funcmeta as fm
 from funcmeta import optim
+from funcmeta.memory._sizes import Sizes
 from funcmeta.testing import LiveBytes
 
 
@@ -141,6 +142,25 @@ def test_the_smallest_budget_is_named_and_does() -> None:
         peak("wide", 30, fm.budget(smallest - 1))
     again = pickle.loads(pickle.dumps(e.value))
     assert (str(again), again.smallest) == (str(e.value), smallest)
+
+
+def test_there_is_room_for_comparing_repeated_steps() -> None:
+    case = learned_optimizer()
+    given = tightest(case, 60)
+    with LiveBytes() as live:
+        out = fm.unroll(*case, steps=60, memory=given)
+        torch.autograd.grad(out.loss, wanted(case.meta))
+    assert out.info.memory is not None
+    assert out.info.memory.memory == fm.Revolve(1)
+    assert live.peak <= given.bytes
+
+
+def test_a_step_without_a_graph_may_be_what_takes_most() -> None:
+    sizes = Sizes(3, 0, 100, 0, 10, 0, 500, 10, 10, 1.0, 1.0)
+    more = sizes._replace(plain=600)
+    assert more.peak(8, 2, 1, 0) - sizes.peak(8, 2, 1, 0) == 100
+    kept, running, gradients = (1 + 2) * 100, 100 + 500, 3 + 100  # the result and two states; the step; what waits
+    assert sizes.peak(8, 2, 1, 1) >= kept + running + gradients
 
 
 def test_one_step_and_none() -> None:

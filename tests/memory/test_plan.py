@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcmeta as fm
-from funcmeta.memory import Action, Advance, Backward, Drop, Plan, Restore, Store
+from funcmeta.memory import Action, Advance, Backward, Drop, Estimate, Plan, Restore, Store
 
 
 def least_evaluations(steps: int, snapshots: int) -> int:
@@ -107,6 +107,8 @@ def test_ten_thousand_steps_are_planned() -> None:
 def test_a_plan_prints_in_a_line() -> None:
     plan = fm.plan(fm.Revolve(3), 20)
     assert str(plan) == "Revolve(snapshots=3): 20 steps in 65 evaluations (3.25 a step), at most 3 states kept"
+    plan = replace(plan, estimate=Estimate(peak_bytes=2_345_000, time_factor=2.5))
+    assert str(plan).endswith("3 states kept; expected peak 2.35 MB, 2.50 times the time of StoreAll()")
     assert "Store" not in repr(plan)
 
 
