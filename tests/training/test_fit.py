@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -357,7 +358,9 @@ def test_a_signal_ends_after_the_step_and_the_run_goes_on(number: signal.Signals
 def test_a_second_signal_is_not_held_back() -> None:
     def kill(record: Record) -> None:
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)  # two that come together are one
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
 
     with pytest.raises(KeyboardInterrupt):
         run(plain(), watch=[kill])
