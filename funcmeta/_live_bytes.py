@@ -43,10 +43,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation, and count the storages that it made."""
-        given = {storage_key(leaf) for leaf in tree.tensors((args, kwargs))}
+        given = {storage_key(leaf) for leaf in _stored((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree.leaves(result):
-            if isinstance(leaf, Tensor) and storage_key(leaf) not in given and storage_key(leaf) not in self.storages:
+        for leaf in _stored(result):
+            if storage_key(leaf) not in given and storage_key(leaf) not in self.storages:
                 self._add(leaf.untyped_storage())
         self.peak = max(self.peak, self.live)
         return result
@@ -77,10 +77,14 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 def bytes_of(value: Any, besides: Any = ()) -> int:
     """The bytes of the storages of a tree's tensors, each counted once, that hold no tensor of another tree."""
-    known = {storage_key(leaf) for leaf in tree.tensors(besides)}
-    tensors = tree.tensors(value)
-    sizes = {storage_key(leaf): leaf.untyped_storage().nbytes() for leaf in tensors}
+    known = {storage_key(leaf) for leaf in _stored(besides)}
+    sizes = {storage_key(leaf): leaf.untyped_storage().nbytes() for leaf in _stored(value)}
     return sum(size for key, size in sizes.items() if key not in known)
+
+
+def _stored(value: Any) -> list[Tensor]:
+    """The tensors that have a storage: not the sparse ones, whose parts count where they are made."""
+    return [leaf for leaf in tree.tensors(value) if leaf.layout is torch.strided]
 
 
 def storage_key(tensor: Tensor) -> int:

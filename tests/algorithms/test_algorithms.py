@@ -198,7 +198,7 @@ def test_other_bad_arguments() -> None:
     ):
         anil.build(net(), mse, head="classifier.", steps=1, lr=0.1)
     for lr in (0.0, -0.1, float("nan")):
-        with pytest.raises(fm.ArgumentError, match=r"lr is 0.0, expected a positive number. Pass e.g. lr=0.1"):
+        with pytest.raises(fm.ArgumentError, match=r"lr is .*, expected a positive number. Pass e.g. lr=0.1"):
             meta_sgd.build(net(), mse, steps=1, lr=lr)
     with pytest.raises(fm.ArgumentError, match=r"lr is -0.1, expected a number at least 0"):
         maml.build(net(), mse, steps=1, lr=-0.1)

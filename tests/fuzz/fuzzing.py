@@ -47,7 +47,7 @@ def own(function: Callable[..., Any]) -> Callable[..., Any]:
         except (TypeError, AttributeError, KeyError, IndexError, OverflowError) as error:
             raise OwnError(str(error)) from error
         except RuntimeError as error:
-            if "must match the size of tensor" not in str(error):
+            if "must match the size of tensor" not in str(error) and "not implemented for" not in str(error):
                 raise
             raise OwnError(str(error)) from error
 

@@ -599,6 +599,17 @@ def test_a_spread_whose_square_is_zero_has_its_gradient() -> None:
     assert bool(torch.autograd.grad(small, w)[0].all())
 
 
+def test_a_budget_counts_what_is_made_of_sparse_tensors() -> None:
+    rows = torch.eye(2, dtype=torch.float64).to_sparse()
+
+    def pull(meta: Any, w: Any, x: Tensor, seed: int) -> Any:
+        state, info = step(meta, w, x, seed)
+        return {"w": torch.sparse.mm(rows, state["w"][:, None])[:, 0]}, info
+
+    out = unrolled(problem=PROBLEM._replace(step=pull), memory=fm.budget(10**7))
+    torch.testing.assert_close(out.loss, unrolled().loss)
+
+
 def test_a_limit_beyond_a_dtype_clips_nothing() -> None:
     grads = {"w": torch.ones(2, dtype=torch.float16)}
     assert updated(optim.clip_by_value(1e6), grads, grads)[0]["w"].tolist() == [1, 1]
