@@ -1,6 +1,6 @@
 """A language model with three memories: its hidden state, its weights while it reads, and its weights for good."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from funcmeta import tree
 from funcmeta._check import check_count, check_flag
-from funcmeta._errors import ArgumentError
+from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._gradient import value_and_grad
 from funcmeta._typing import Batch, Meta, Params
 from funcmeta.algorithms._algorithm import EstimatedLoss
@@ -202,6 +202,9 @@ def _problem(module: nn.Module, gates: Gates, hidden: Any) -> Problem:
     start = tree.detach(hidden)
 
     def init(meta: Meta, task: Task, seed: int) -> ReadingState:
+        for name in ("static", "gates"):
+            if not isinstance(meta, Mapping) or name not in meta:
+                raise StructureError(f"meta is {str(meta)[:100]}, expected '{name}' in it. Pass what init() gave.")
         return ReadingState(meta["static"], start)
 
     def step(meta: Meta, state: ReadingState, batch: Batch, seed: int) -> tuple[ReadingState, StepInfo]:

@@ -148,7 +148,8 @@ def evaluate_optimizers(
         held_out = course.tasks.sample_batch(rng.fold(seed, place, 1), tasks)
         for entrant, optimizer in entrants.items():
             rate = None
-            if not isinstance(optimizer, LearnedOptimizer | Transform) and not callable(optimizer):
+            known = isinstance(optimizer, LearnedOptimizer | Transform)
+            if not known and (not callable(optimizer) or isinstance(optimizer, type)):
                 raise ArgumentError(
                     f"optimizers['{entrant}'] is {optimizer!r}, expected a LearnedOptimizer, a Transform, or a "
                     f"function from a learning rate to one. Pass e.g. funcmeta.optim.adam."

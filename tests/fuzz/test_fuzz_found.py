@@ -531,6 +531,21 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.ArgumentError,
         "steps is <class .*, expected a positive integer",
     ),
+    "no tasks of a learned optimizer": (
+        lambda: fm.l2l.build(learned.linear(), NET, squares, steps=2).begin({"optimizer": {}}, None),  # type: ignore[arg-type]
+        fm.FuncmetaError,
+        "expected",
+    ),
+    "a class as an optimizer": (
+        lambda: fm.evaluate_optimizers({"a": nn.Linear}, {"a": fm.Course(NET, squares, tasks.sinusoids(), 1)}),  # type: ignore[dict-item]
+        fm.ArgumentError,
+        r"optimizers\['a'\] is <class .*, expected a LearnedOptimizer",
+    ),
+    "a meta of nothing": (
+        lambda: dynamic_lm.build(READER, learned.gates()).adapt((), fm.Task(lambda index: None, None, (0,) * 4)),
+        fm.StructureError,
+        r"meta is \(\), expected 'static' in it\. Pass what init\(\) gave",
+    ),
     "no module": (
         lambda: fm.l2l.build(learned.linear(), None, squares, steps=1),  # type: ignore[arg-type]
         fm.ArgumentError,
