@@ -40,6 +40,8 @@ def check_arguments(
             raise ArgumentError(f"{name} is {value!r}, expected an object that can do the work. Pass e.g. {hint}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ArgumentError(f"steps is {steps!r}, expected an integer of 0 or more. Pass e.g. steps=5.")
+    if steps >= 2**31:
+        raise ArgumentError(f"steps is {steps}, expected less than 2**31. Pass fewer, and go on by carry=.")
     if isinstance(meta, torch.nn.Module):
         raise ArgumentError("meta is a Module, expected a tree of tensors. Pass dict(module.named_parameters()).")
     tree.check_tensors(meta, name="meta")

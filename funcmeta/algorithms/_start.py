@@ -48,9 +48,7 @@ def carry_of(problem: Problem, meta: Meta, tasks: Task, seed: int, start: Start)
             return problem.init({**tree.detach(meta), "params": start(own)}, task, own)
 
     if not isinstance(tasks, Task):
-        raise ArgumentError(
-            f"tasks is a {type(tasks).__name__}, expected stacked tasks. Pass a sample_batch(...)."
-        )
+        raise ArgumentError(f"tasks is a {type(tasks).__name__}, expected stacked tasks. Pass a sample_batch(...).")
     first = tasks.support(0) if callable(tasks.support) else tasks.support
     number = count((first, tasks.query))
     return Carry(

@@ -462,6 +462,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.StructureError,
         r"params is sparse_coo float32\[2\] on cpu, expected a dense tensor",
     ),
+    "more steps than can be counted": (
+        lambda: unrolled(steps=2**70, estimator=fm.Truncated(2)),
+        fm.ArgumentError,
+        "steps is 1180591620717411303424, expected less than 2",
+    ),
     "no problem": (lambda: unrolled(problem=X), fm.ArgumentError, r"problem is a Tensor, expected a Problem\. Pass"),
     "a problem without functions": (
         lambda: unrolled(problem=PROBLEM._replace(meta_loss=3)),  # type: ignore[arg-type]
