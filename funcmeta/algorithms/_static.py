@@ -70,11 +70,15 @@ def train_static(
     return _epochs(net, train, validation, epochs, lr, rows, length)
 
 
-def _surprise(net: LanguageModel, text: Tensor, length: int = 4096) -> float:
-    """The mean loss of a word of a text, of which the scores of ``length`` words are held at once."""
+_HELD = 4096
+"""Words whose scores are held at once while a text is only read."""
+
+
+def _surprise(net: LanguageModel, text: Tensor) -> float:
+    """The mean loss of a word of a text."""
     hidden, losses = net.start(), []
     with torch.no_grad():
-        for words, following in zip(torch.split(text[:-1], length), torch.split(text[1:], length), strict=True):
+        for words, following in zip(torch.split(text[:-1], _HELD), torch.split(text[1:], _HELD), strict=True):
             scores, hidden = net(words, hidden)
             losses.append(F.cross_entropy(scores, following, reduction="none").double())
     return float(torch.cat(losses).mean())

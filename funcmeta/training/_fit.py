@@ -103,9 +103,9 @@ def fit(
 
     Raises:
         ArgumentError: a number is out of range, ``batch_size`` can not be shared among the processes, ``spread`` and
-            the ``share`` of the estimator do not go together, nothing is learned, the optimizer has not got exactly the
-            leaves that are learned, the sampler returns other than a stack of so many tasks, the folder has a run that
-            is not to be resumed, or the run was begun with other settings or has taken more steps.
+            the ``share`` of the estimator do not go together, nothing is learned, the optimizer lacks a leaf that
+            is learned or has other tensors, the sampler returns other than a stack of so many tasks, the folder has a
+            run that is not to be resumed, or the run was begun with other settings or has taken more steps.
         DetachedError: the loss depends on nothing that is learned.
         ReplayError: the sampler gives two different batches for one seed.
         DataError: a checkpoint can not be read, or needs a class that is not imported.

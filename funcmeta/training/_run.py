@@ -305,16 +305,16 @@ class Run:
 
 
 def _check_held(optimizer: Optimizer, meta: Meta) -> None:
-    """Raise unless the optimizer has the leaves of meta that are learned, and no other tensors."""
+    """Raise unless the optimizer has all leaves of meta that are learned, and no tensors of another tree."""
     held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    learned = {id(leaf): name for name, leaf in tree.named_leaves(meta, "meta") if leaf.requires_grad}
+    leaves = tree.named_leaves(meta, "meta")
     advice = "Make the optimizer from what it is given, e.g. lambda meta: torch.optim.Adam(funcmeta.tree.leaves(meta))."
-    others = len(held - learned.keys())
+    others = len(held - {id(leaf) for _, leaf in leaves})
     if others:
         raise ArgumentError(
-            f"The optimizer has {others} tensors that meta does not learn, perhaps those of a module. {advice}"
+            f"The optimizer has {others} tensors that are not in meta, perhaps those of a module. {advice}"
         )
-    left = [name for each, name in learned.items() if each not in held]
+    left = [name for name, leaf in leaves if leaf.requires_grad and id(leaf) not in held]
     if left:
         raise ArgumentError(
             f"{', '.join(left[:5])}{' and others' if left[5:] else ''} would never be learned: the optimizer has not "

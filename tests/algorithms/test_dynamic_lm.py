@@ -413,3 +413,12 @@ def test_static_training_needs_a_text() -> None:
         dynamic_lm.train_static(net, words, words, epochs=0)
     with pytest.raises(fm.ArgumentError, match="lr is 0, expected a positive number"):
         dynamic_lm.train_static(net, words, words, epochs=1, lr=0)
+
+
+def test_a_long_text_is_validated_in_parts_that_hand_on_their_state() -> None:
+    words = torch.randint(WORDS, (9000,), generator=torch.Generator().manual_seed(0))
+    net = model()
+    [loss] = dynamic_lm.train_static(net, words[:200], words, epochs=1, lr=1e-9)
+    with torch.no_grad():
+        whole = F.cross_entropy(net(words[:-1], net.start())[0], words[1:])
+    assert loss == pytest.approx(whole.item(), rel=1e-12)

@@ -282,7 +282,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
     "an optimizer of other tensors": (
         lambda: fitted(optimizer=lambda meta: torch.optim.SGD(NET.parameters(), lr=0.1)),
         fm.ArgumentError,
-        "The optimizer has 2 tensors that meta does not learn, perhaps those of a module",
+        "The optimizer has 2 tensors that are not in meta, perhaps those of a module",
     ),
     "an optimizer of some leaves": (
         lambda: fitted(optimizer=lambda meta: torch.optim.SGD([meta["params"]["bias"]], lr=0.1)),

@@ -491,6 +491,13 @@ def test_a_loss_of_nothing_that_is_learned_is_an_error() -> None:
         fit(algorithm, TASKS, adam, steps=1)
 
 
+def test_an_optimizer_may_hold_leaves_that_are_not_learned() -> None:
+    meta = {"used": torch.tensor(3.0, requires_grad=True), "unused": torch.tensor(5.0)}
+    fitted = fit(half_used(), TASKS, lambda meta: torch.optim.SGD(fm.tree.leaves(meta), lr=0.1), steps=2, meta=meta)
+    assert fitted.meta["used"] < 3
+    assert fitted.meta["unused"] == 5
+
+
 def test_a_loss_of_other_leaves_than_those_of_meta_is_an_error() -> None:
     own = torch.ones((), requires_grad=True)
     algorithm = half_used()._replace(loss=lambda meta, tasks, seed=0: own * 2)
