@@ -126,7 +126,8 @@ def unroll(
         ``Unrolled(loss, state, info, carry)``.
 
     Raises:
-        ArgumentError: negative steps, a bad seed or carry, a task without usable batches, nothing to minimize.
+        ArgumentError: no Problem, a state without data, negative steps, a bad seed or carry, a task without usable
+            batches, nothing to minimize.
         StructureError: a leaf of ``meta`` is not a tensor, or the state changes structure, shape or dtype in a step.
         LossError: a loss is not a floating-point scalar.
         NonFiniteError: a loss is NaN or infinite; the message names the step.

@@ -131,8 +131,8 @@ def build(
         words and the words that follow them, and the spec has an entry for each step.
 
     Raises:
-        ArgumentError: ``gates`` are none, ``window`` is below 2, the module can not be made functional or has no
-            ``start``; in ``loss``, the stream is at its end.
+        ArgumentError: ``gates``, ``learn_static``, or later the stream or its carry are none, ``window`` is below 2,
+            the module can not be made functional or has no ``start``; in ``loss``, the stream is at its end.
 
     Examples:
         >>> from funcmeta.learned import gates

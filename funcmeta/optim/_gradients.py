@@ -84,7 +84,7 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
         A transform of gradients, to be chained before an optimizer.
 
     Raises:
-        StructureError: in its update, the gradients are on several devices.
+        StructureError: in its update, the gradients are on several devices, or ``max_norm`` on another one.
 
     Examples:
         >>> transform = fm.optim.clip_by_global_norm(1.0)

@@ -47,7 +47,7 @@ def from_torch_optim_state(
         The state, like that of `transform.init(params)`.
 
     Raises:
-        ArgumentError: the transform has no namesake, or the number of steps is not known.
+        ArgumentError: no transform, or one without a namesake; the number of steps is not known, or not whole.
         StructureError: the optimizer has another number of parameters, other shapes, or lacks what the state holds.
 
     Examples:

@@ -104,7 +104,7 @@ def check_meta_grad(
         MetaGradientMismatch: an error exceeds the tolerance; the message names leaves and figures.
         StructureError: a leaf is no tensor, or one that requires grad is not float64, or the meta-loss is not.
         ArgumentError: no leaf requires grad, or ``directions`` or ``tolerance`` is not positive,
-            or there is no difference of this ``order``.
+            there is no difference of this ``order``, or ``reference`` is no check.
 
     Examples:
         >>> def step(meta, a, x, seed):
