@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -358,13 +357,9 @@ def test_a_signal_ends_after_the_step_and_the_run_goes_on(number: signal.Signals
 def test_a_second_signal_is_not_held_back() -> None:
     def kill(record: Record) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.2)  # two that come together are one
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.2)
 
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell starts jobs in the background without it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
             run(plain(), watch=[kill])
