@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from funcmeta._typing import Hyper, Tree
-from funcmeta.optim._hyper import Hypers, Values, blend, safe_sqrt
+from funcmeta.optim._hyper import Hypers, Values, blend_square, safe_sqrt
 from funcmeta.optim._rule import per_tensor, zeros
 from funcmeta.optim._transform import Transform
 
@@ -53,9 +53,9 @@ def adadelta(
     """
 
     def rule(values: Values, param: Tensor, grad: Tensor, square_avg: Tensor, acc_delta: Tensor) -> tuple[Tensor, ...]:
-        square_avg = blend(square_avg, grad * grad, values["rho"])
+        square_avg = blend_square(square_avg, grad, values["rho"])
         delta = safe_sqrt(acc_delta + values["eps"]) / safe_sqrt(square_avg + values["eps"]) * grad
-        return -values["lr"] * delta, square_avg, blend(acc_delta, delta * delta, values["rho"])
+        return -values["lr"] * delta, square_avg, blend_square(acc_delta, delta, values["rho"])
 
     return per_tensor(
         Hypers(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay),

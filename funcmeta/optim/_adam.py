@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcmeta._check import check_flag
 from funcmeta._typing import Hyper, Tree
-from funcmeta.optim._hyper import Hypers, Values, blend, pair, safe_sqrt
+from funcmeta.optim._hyper import Hypers, Values, blend, blend_square, pair, safe_sqrt
 from funcmeta.optim._rule import per_tensor, zeros
 from funcmeta.optim._transform import Transform
 
@@ -74,7 +74,7 @@ def adam(
 
     def rule(values: Values, param: Tensor, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         exp_avg = blend(kept[0], grad, values["beta1"])
-        exp_avg_sq = blend(kept[1], grad * grad, values["beta2"])
+        exp_avg_sq = blend_square(kept[1], grad, values["beta2"])
         second = (exp_avg_sq, torch.maximum(kept[2], exp_avg_sq)) if amsgrad else (exp_avg_sq,)
         scale = safe_sqrt(second[-1]) / values["bias_root"] + values["eps"]
         return exp_avg / scale * values["descent"], exp_avg, *second

@@ -114,6 +114,14 @@ def blend(old: Tensor, new: Tensor, keep: Value) -> Tensor:
     return old.lerp(new, 1 - keep)
 
 
+def blend_square(old: Tensor, grad: Tensor, keep: Value) -> Tensor:
+    """The running average keep · old + (1 - keep) · grad², which stays infinite once it is: lerp(∞, ∞) is NaN."""
+    if isinstance(keep, Tensor) or old.dtype != grad.dtype:
+        blended: Tensor = keep * old + (1 - keep) * (grad * grad)
+        return blended
+    return (keep * old).addcmul(grad, grad, value=1 - keep)
+
+
 def double(value: Value) -> Tensor:
     """A number or a tensor as a tensor in double precision."""
     return value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)

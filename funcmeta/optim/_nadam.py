@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcmeta._typing import Hyper, Tree
-from funcmeta.optim._hyper import Hypers, Values, blend, double, pair, safe_sqrt
+from funcmeta.optim._hyper import Hypers, Values, blend, blend_square, double, pair, safe_sqrt
 from funcmeta.optim._rule import per_tensor, zeros
 from funcmeta.optim._transform import Transform
 
@@ -74,7 +74,7 @@ def nadam(
         values: Values, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, mu_product: Tensor
     ) -> tuple[Tensor, ...]:
         exp_avg = blend(exp_avg, grad, values["beta1"])
-        exp_avg_sq = blend(exp_avg_sq, grad * grad, values["beta2"])
+        exp_avg_sq = blend_square(exp_avg_sq, grad, values["beta2"])
         mu_product = mu_product * values["mu"]
         now = values["lr"] * (1 - values["mu"]) / (1 - mu_product)
         then = values["lr"] * values["next_mu"] / (1 - mu_product * values["next_mu"])

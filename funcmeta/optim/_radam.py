@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcmeta._typing import Hyper
 from funcmeta.optim._adam import AdamState
-from funcmeta.optim._hyper import Hypers, Values, blend, double, pair, safe_sqrt
+from funcmeta.optim._hyper import Hypers, Values, blend, blend_square, double, pair, safe_sqrt
 from funcmeta.optim._rule import per_tensor, zeros
 from funcmeta.optim._transform import Transform
 
@@ -66,7 +66,7 @@ def radam(
 
     def rule(values: Values, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, ...]:
         exp_avg = blend(exp_avg, grad, values["beta1"])
-        exp_avg_sq = blend(exp_avg_sq, grad * grad, values["beta2"])
+        exp_avg_sq = blend_square(exp_avg_sq, grad, values["beta2"])
         scale = torch.where(values["adapt"], safe_sqrt(exp_avg_sq) + values["eps"], 1.0)
         factor = torch.where(values["adapt"], values["rectified"] / scale, 1.0)
         return exp_avg * factor * values["descent"], exp_avg, exp_avg_sq

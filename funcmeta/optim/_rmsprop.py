@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcmeta._check import check_flag
 from funcmeta._typing import Hyper, Tree
-from funcmeta.optim._hyper import Hypers, Values, blend, safe_sqrt
+from funcmeta.optim._hyper import Hypers, Values, blend, blend_square, safe_sqrt
 from funcmeta.optim._rule import per_tensor, zeros
 from funcmeta.optim._transform import Transform
 
@@ -63,7 +63,7 @@ def rmsprop(
     heavy = hypers.uses("momentum")
 
     def rule(values: Values, param: Tensor, grad: Tensor, square_avg: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
-        square = square_avg = blend(square_avg, grad * grad, values["alpha"])
+        square = square_avg = blend_square(square_avg, grad, values["alpha"])
         fresh: tuple[Tensor, ...] = ()
         if centered:
             fresh = (blend(kept[0], grad, values["alpha"]),)

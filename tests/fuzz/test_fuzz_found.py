@@ -679,3 +679,28 @@ def test_modes_are_flags_too() -> None:
         fm.l2l.build(
             fm.learned.linear(), net, lambda meta, predict, batch: predict(batch).sum(), steps=4, learn_start="no"
         )
+
+
+@pytest.mark.parametrize(
+    ("make", "theirs"),
+    [
+        (optim.adadelta, torch.optim.Adadelta),
+        (optim.adam, torch.optim.Adam),
+        (optim.nadam, torch.optim.NAdam),
+        (optim.radam, torch.optim.RAdam),
+        (optim.rmsprop, torch.optim.RMSprop),
+    ],
+)
+def test_a_mean_square_that_overflowed_stays_infinite(make: Any, theirs: Any) -> None:
+    """1e30² is infinite in single precision, and the difference of two infinities NaN."""
+    transform, grads = make(eps=0.0), {"w": torch.tensor([1e30, 1.0])}
+    params: Any = {"w": torch.ones(2)}
+    state = transform.init(params)
+    own = torch.ones(2, requires_grad=True)
+    reference = theirs([own], lr=1.0 if make is optim.adadelta else make.__defaults__[0], eps=0.0, foreach=False)
+    own.grad = grads["w"].clone()
+    for _ in range(8):
+        params, state = optim.advance(transform, grads, state, params)
+        reference.step()
+        torch.testing.assert_close(params["w"], own.detach(), equal_nan=True)
+        assert bool(params["w"].isfinite().all())

@@ -110,11 +110,12 @@ def detached_root(value: Tensor) -> Tensor:
     return _hyper.safe_sqrt(value).detach()
 
 
-def half_detached_average(old: Tensor, new: Tensor, keep: Any) -> Tensor:
-    return keep.detach() * old + (1 - keep) * new if isinstance(keep, Tensor) else _hyper.blend(old, new, keep)
+def half_detached_average(old: Tensor, grad: Tensor, keep: Any) -> Tensor:
+    assert isinstance(keep, Tensor)
+    return keep.detach() * old + (1 - keep) * grad * grad
 
 
-@pytest.mark.parametrize(("target", "mutant"), [("safe_sqrt", detached_root), ("blend", half_detached_average)])
+@pytest.mark.parametrize(("target", "mutant"), [("safe_sqrt", detached_root), ("blend_square", half_detached_average)])
 def test_a_half_detached_optimizer_is_found_out(
     target: str, mutant: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
