@@ -17,12 +17,13 @@ from funcmeta.cli._app import app
 from funcmeta.cli._report import Report
 from funcmeta.cli._subject import subject
 
-SMALL = ("--filters", "2", "--queries", "1", "--steps", "1", "--tasks", "2", "--iterations", "2", "--test-tasks", "3")
+SMALL = ("--queries", "1", "--steps", "1", "--tasks", "2", "--iterations", "2", "--test-tasks", "3")
 PNG = b"\x89PNG\r\n"
 
 
 def compare(out: Path, *options: str) -> Any:
-    return CliRunner().invoke(app, ["compare", *SMALL, "--out", str(out), *options], env={"COLUMNS": "80"})
+    net = () if {"sinusoids", "mlp"} & {*options} else ("--filters", "2")
+    return CliRunner().invoke(app, ["compare", *SMALL, *net, "--out", str(out), *options], env={"COLUMNS": "80"})
 
 
 def content(out: Path) -> dict[str, Any]:
@@ -139,6 +140,9 @@ def test_omniglot_is_read_from_its_folder(tmp_path: Path) -> None:
         (["--data", "glyphs:here"], "data is 'glyphs:here', expected glyphs, omniglot:PATH"),
         (["--data", "omniglot:not/there"], "not/there does not exist, expected a zip or a folder"),
         (["--model", "resnet"], "model is 'resnet', expected conv4 or mlp. Pass one of them."),
+        (["--data", "sinusoids", "--ways", "3"], "ways is 3, which sinusoids does not read. Leave --ways out."),
+        (["--data", "sinusoids", "--size", "20"], "size is 20, which sinusoids does not read. Leave --size out."),
+        (["--model", "mlp", "--filters", "4"], "filters is 4, which mlp does not read. Leave --filters out."),
         (["--data", "sinusoids", "--model", "conv4"], "but sinusoids are points. Pass --model mlp."),
         (["--size", "15"], "size is 15, expected at least 16: conv4 halves an image four times. Pass --size 16."),
         (["--estimators", "second,third"], "estimators is 'second,third', expected some of second, first, reptile"),

@@ -65,6 +65,9 @@ def test_every_algorithm_trains_is_judged_and_goes_on(algorithm: str, tmp_path: 
     assert found["higher_is_better"] is (found["score"] == "query accuracy")
     assert len(found["scores"]) == found["number"] == 3
     assert found["mean"] == pytest.approx(sum(found["scores"]) / 3)
+    assert found["quartiles"][1] == sorted(found["scores"])[1]
+    assert f"Worse than at first: {found['worse']} of 3 tasks." in judged.output
+    assert f"median {found['quartiles_at_first'][1]:.4g}, quartiles " in judged.output
     again = call("train", "--out", str(out), "--resume", "--steps", "6")
     assert again.exit_code == 0, again.output
     assert "Ended after step 6" in again.output
@@ -284,6 +287,7 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
     (("train", "maml", "--schedule", "steps"), "schedule is 'steps', expected one of constant, cosine"),
     (("train", "maml", "--patience", "2", "--validate-every", "0"), f"patience is 2, {UNREAD} validate_every 0. It"),
     (("train", "maml", "--validation-tasks", "2", "--validate-every", "0"), "validation_tasks is 2, which maml does n"),
+    (("train", "maml", "--damaged", "previous"), "damaged is 'previous', which is read only by --resume. Pass both"),
     (("train", "maml", "--ways", "2", "--tasks", "sinusoids"), f"ways is 2, {UNREAD} tasks 'sinusoids'. It reads alg"),
     (("train", "maml", "--size", "20", "--tasks", "sinusoids"), f"size is 20, {UNREAD} tasks 'sinusoids'. It reads "),
     (("train", "maml", "--filters", "2", "--tasks", "sinusoids"), f"filters is 2, {UNREAD} model 'mlp'. It reads "),

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from funcmeta._check import check_choice
 from funcmeta._errors import FuncmetaError
-from funcmeta.cli._options import Options
+from funcmeta.cli._options import options
 from funcmeta.cli._run import run
 from funcmeta.cli._settings import ALGORITHMS, Settings
 
@@ -38,7 +38,7 @@ def compare(
     estimators: Annotated[
         str, typer.Option(help="Of second, first and reptile, with commas between; the first is the reference.")
     ] = "second,first",
-    ways: Annotated[int, typer.Option(min=2, help="Classes a task.")] = 5,
+    ways: Annotated[int | None, typer.Option(min=2, help="Classes a task. Default: 5.")] = None,
     shots: Annotated[int, typer.Option(min=1, help="Support examples a class.")] = 1,
     queries: Annotated[int, typer.Option(min=1, help="Query examples a class.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Inner steps.")] = 5,
@@ -49,8 +49,8 @@ def compare(
     tasks: Annotated[int, typer.Option(min=1, help="Tasks a meta-batch.")] = 4,
     iterations: Annotated[int, typer.Option(min=0, help="Meta-training iterations of each estimator; 0: none.")] = 60,
     test_tasks: Annotated[int, typer.Option(min=2, help="Held-out tasks for the final test.")] = 80,
-    size: Annotated[int, typer.Option(min=1, help="Pixels a side of an image.")] = 16,
-    filters: Annotated[int, typer.Option(min=1, help="Channels of each block of conv4.")] = 32,
+    size: Annotated[int | None, typer.Option(min=1, help="Pixels a side of an image. Default: 16.")] = None,
+    filters: Annotated[int | None, typer.Option(min=1, help="Channels of each block of conv4. Default: 32.")] = None,
     dtype: Annotated[Precision, typer.Option(help="Of the comparison; meta-training is in float32.")] = (
         Precision.float32
     ),
@@ -61,12 +61,10 @@ def compare(
     """Compare meta-gradients of first and second order on real tasks: direction, size, time, memory, and what the
     difference costs in meta-training. Writes a picture and a JSON file with all figures.
     """
-    given = locals()
-    default = 0.01 if data == "sinusoids" else 0.1
-    options = Options(**{**given, "dtype": dtype.value, "lr": default if lr is None else lr})
+    given = {**locals(), "dtype": dtype.value}
     console = Console()
     with _errors():
-        report = run(options, console)
+        report = run(options(given), console)
         report.show(console)
         report.save(out)
     written = f"Wrote {out / 'compare.png'} and {out / 'compare.json'} after {report.seconds:.0f} s."
@@ -114,7 +112,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Outer steps in all. 1000.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Tasks a batch, over all processes. 4; l2l 32.")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches whose mean gradient makes a step. 1.")] = None,
-    meta_lr: Annotated[float | None, typer.Option(help="Outer learning rate (Adam). 0.001; others 0.01.")] = None,
+    meta_lr: Annotated[
+        float | None, typer.Option(help="Outer learning rate (Adam). 0.001; reptile and dynamic_lm 0.01.")
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="Outer learning rate: constant or cosine.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of a meta-gradient; 0: any. 0; l2l 1.")] = None,
     alarm: Annotated[
@@ -122,7 +122,9 @@ def train(
     ] = None,
     limit: Annotated[float | None, typer.Option(help="Norm above which one explodes; 0: any is good.")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations; 0: none. 100.")] = None,
-    validation_tasks: Annotated[int | None, typer.Option(help="Held-out tasks of a validation. 40.")] = None,
+    validation_tasks: Annotated[
+        int | None, typer.Option(help="Held-out tasks of a validation; dynamic_lm: at most all articles. 40.")
+    ] = None,
     patience: Annotated[
         int | None, typer.Option(help="End after so many validations that are no best; 0: never.")
     ] = None,

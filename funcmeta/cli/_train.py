@@ -18,7 +18,20 @@ from funcmeta import rng, training, tree
 from funcmeta._errors import ArgumentError, DataError
 from funcmeta.cli._recipe import STATIC, Recipe, recipe
 from funcmeta.cli._settings import Settings, check_resumed, read, settings, text
-from funcmeta.training import Alarm, Fitted, Folder, Mean, Validation, _tree_file, evaluate, fit, load, progress, report
+from funcmeta.training import (
+    Alarm,
+    Evaluation,
+    Fitted,
+    Folder,
+    Mean,
+    Validation,
+    _tree_file,
+    evaluate,
+    fit,
+    load,
+    progress,
+    report,
+)
 from funcmeta.training._folder import read_log
 from funcmeta.training._ranks import Ranks
 
@@ -34,6 +47,8 @@ def train(
         FuncmetaError: as ``settings``, ``recipe`` and ``fit``.
     """
     began, kept = time.perf_counter(), out / CONFIG
+    if damaged != "raise" and not resume:
+        raise ArgumentError(f"damaged is {damaged!r}, which is read only by --resume. Pass both, or leave it out.")
     resumed = resume and kept.exists()
     if resume and not resumed and config is None and "algorithm" not in given:
         raise ArgumentError(f"{out} has no {CONFIG}, so no run of funcmeta train to go on with. Name an algorithm.")
@@ -108,9 +123,17 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
     )
     console = Console()
     console.print(f"[bold]{made.title}[/bold], {count} tasks of the {part} part", highlight=False)
-    difference = Mean.of(found.scores - before.scores)
-    for name, mean in (("learned", f"{found.mean}"), ("at first", f"{before.mean}"), ("difference", f"{difference:+}")):
-        console.print(f"{made.score_name}, {name + ':':12} {mean}", highlight=False)
+    changes = found.scores - before.scores
+    difference = Mean.of(changes)
+    lines = [
+        ("learned", f"{found.mean}, {_middle(found)}"),
+        ("at first", f"{before.mean}, {_middle(before)}"),
+        ("difference", f"{difference:+}"),
+    ]
+    for name, line in lines:
+        console.print(f"{made.score_name}, {name + ':':12} {line}", highlight=False)
+    worse = int((changes < 0 if made.higher_is_better else changes > 0).sum())
+    console.print(f"Worse than at first: {worse} of {count} tasks.", highlight=False)
     content = {
         "split": part,
         "score": made.score_name,
@@ -120,6 +143,9 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
         "margin": found.mean.margin,
         "at_first": before.mean._asdict(),
         "difference": difference._asdict(),
+        "quartiles": found.quartiles,
+        "quartiles_at_first": before.quartiles,
+        "worse": worse,
         "scores": found.scores.tolist(),
         "seed": seed,
         "number": count,
@@ -127,6 +153,11 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
     _tree_file.put(folder / RESULT, json.dumps(content, indent=1).encode())
     page = report(folder)
     console.print(f"Wrote {folder / RESULT} and {page}.", highlight=False, soft_wrap=True)
+
+
+def _middle(found: Evaluation) -> str:
+    low, median, high = found.quartiles
+    return f"median {median:.4g}, quartiles {low:.4g} and {high:.4g}"
 
 
 def _validation(told: Settings, made: Recipe) -> Validation | None:

@@ -108,8 +108,8 @@ def load(path: str | Path, *, make: Callable[..., LearnedOptimizer] | None = Non
     about, tensors = tensors_in(path, advice="Pass a file that learned.save wrote.")
     if about.get("funcmeta") != VERSION:
         raise DataError(
-            f"{path} is a safetensors file with metadata {about}, expected 'funcmeta': '{VERSION}'. Pass a file that "
-            f"learned.save of this version wrote."
+            f"{path} is a safetensors file whose metadata have 'funcmeta': {about.get('funcmeta', '')[:20]!r}, "
+            f"expected 'funcmeta': '{VERSION}'. Pass a file that learned.save of this version wrote."
         )
     if make is None:
         _check_fit(path, _made(path, about, tensors, None, "meta"), tensors)  # a small file allocates nothing large

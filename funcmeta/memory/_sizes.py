@@ -30,6 +30,8 @@ class Sizes(NamedTuple):
     """A state, as far as a step makes it anew."""
     notes: int
     """The loss and the aux of a step."""
+    loss: int
+    """The loss of a step, of which the unroll makes one tensor with all others."""
     graph: int
     """What the graph of a step keeps, and its notes."""
     seam: int
@@ -56,7 +58,7 @@ class Sizes(NamedTuple):
         """
         always = self.initial + self.state + (steps - part) * self.notes  # the state at the end is the unroll's result
         kept = part * self.graph - (part - 1) * self.seam
-        last = kept + max(self.forward, judge, self.backward + self.meta)
+        last = kept + max(self.forward, judge, self.backward + self.meta, steps * self.loss)
         if part == steps:
             return always + last
         waiting = self.meta + self.state  # gradients that the steps further back add to
@@ -99,7 +101,7 @@ def measured(step: Step, meta: Meta, state: Any, start: int, stop: int) -> Sizes
     with LiveBytes() as live:
         path = plain()
         state_bytes, notes = bytes_of(path.state, (meta, state)), bytes_of((path.losses, path.aux), (meta, state))
-        plain_peak = live.peak - state_bytes
+        plain_peak, loss = live.peak - state_bytes, path.losses[0].nbytes
     del path
     with LiveBytes() as live:
         before, path = graph()
@@ -120,6 +122,7 @@ def measured(step: Step, meta: Meta, state: Any, start: int, stop: int) -> Sizes
         initial=initial,
         state=state_bytes,
         notes=notes,
+        loss=loss,
         graph=kept,
         seam=seam,
         plain=plain_peak,

@@ -119,7 +119,7 @@ def blend_square(old: Tensor, grad: Tensor, keep: Value) -> Tensor:
     if isinstance(keep, Tensor) or old.dtype != grad.dtype:
         blended: Tensor = keep * old + (1 - keep) * (grad * grad)
         return blended
-    return (keep * old).addcmul(grad, grad, value=1 - keep)
+    return old.mul(keep).addcmul(grad, grad, value=1 - keep)
 
 
 def double(value: Value) -> Tensor:

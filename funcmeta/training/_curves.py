@@ -98,15 +98,17 @@ def means(name: str, label: str, steps: Sequence[int], found: Sequence[Mean], be
 
 def histogram(name: str, label: str, scores: Sequence[float], mean: Mean, before: Mean | None) -> Panel:
     """How often which score was met, the mean, and the mean of before."""
-    panel = Panel(name, label, "score of a task")
     known = _drawable(scores)
-    known = known[np.isfinite(known)]
+    known, far = _drawn_in(known[np.isfinite(known)])
     bins = int(np.clip(len(known) ** 0.5 * 1.5, 5, 40))
     ends = _apart(known.min(), known.max()) if len(known) else None
+    panel = Panel(name, label, f"score of a task{'; those far out are in the outermost bars' if far else ''}")
     panel.axes.hist(known, bins=bins, range=ends, color=_COLORS["noise"], edgecolor=_COLORS["line"], linewidth=0.8)
     here, there = _drawable([mean.value, math.nan if before is None else before.value])
     panel.axes.axvline(here, color=_COLORS["line"], linewidth=2)
     panel.axes.axvline(there, color=_COLORS["text"], linewidth=1.5, linestyle="--")
+    if far:
+        panel.axes.set_xlim(ends)
     panel.axes.set_ylabel("tasks")
     return panel
 
@@ -130,6 +132,16 @@ def _drawable(values: Sequence[float | None]) -> Array:
     """The values as far as they can be drawn; None becomes NaN, and what is infinite remains it."""
     y = np.array(values, float)
     return np.where(np.isinf(y), y, y.clip(-EDGE, EDGE))
+
+
+def _drawn_in(known: Array) -> tuple[Array, bool]:
+    """The values, those that lie over five times the range of the quartiles beyond these at that place; if any do."""
+    if len(known) == 0:
+        return known, False
+    low, high = np.quantile(known, (0.25, 0.75))
+    room = 5 * (high - low) or math.inf
+    inside = known.clip(low - room, high + room)
+    return inside, bool((inside != known).any())
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:

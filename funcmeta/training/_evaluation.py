@@ -14,6 +14,8 @@ from funcmeta.tasks import Sampler, Streams
 from funcmeta.training._objective import Objective, Score, objective
 from funcmeta.training._ranks import Ranks
 
+_QUARTERS = (0.25, 0.5, 0.75)
+
 
 class Mean(NamedTuple):
     """A mean over tasks with its 95 % interval.
@@ -51,14 +53,23 @@ class Evaluation(NamedTuple):
         mean: their ``Mean``.
 
     Examples:
-        >>> Evaluation(torch.ones(4), Mean(1.0, 0.0)).mean.value
-        1.0
+        >>> Evaluation(torch.tensor([1.0, 2.0, 3.0, 4.0, 90.0]), Mean(20.0, 34.3)).quartiles
+        (2.0, 3.0, 4.0)
 
     Source: this library.
     """
 
     scores: Tensor
     mean: Mean
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """The lower quartile, the median and the upper quartile, each a score that a task has.
+
+        A task whose training diverged moves the mean as far as it likes, and these hardly.
+        """
+        low, median, high = self.scores.sort().values[[round(part * (len(self.scores) - 1)) for part in _QUARTERS]]
+        return low.item(), median.item(), high.item()
 
 
 class Validation(NamedTuple):

@@ -78,7 +78,16 @@ class _Judged(NamedTuple):
     mean: Mean
     at_first: Mean
     difference: Mean
+    quartiles: list[float]
+    quartiles_at_first: list[float]
+    worse: int
     scores: list[float]
+
+    @property
+    def kind(self) -> str:
+        """Whether it is "good", "bad" or neither, as far as the interval of the difference tells."""
+        gain = self.difference.value if self.higher_is_better else -self.difference.value
+        return "good" if gain > self.difference.margin else "bad" if -gain > self.difference.margin else ""
 
 
 def _log(folder: Path) -> Log:
@@ -128,6 +137,9 @@ def _judged(path: Path) -> _Judged | None:
             Mean(float(found["mean"]), float(found["margin"])),
             Mean(float(first["value"]), float(first["margin"])),
             Mean(float(difference["value"]), float(difference["margin"])),
+            _three(found["quartiles"]),
+            _three(found["quartiles_at_first"]),
+            int(found["worse"]),
             [float(score) for score in found["scores"]],
         )
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
@@ -135,6 +147,11 @@ def _judged(path: Path) -> _Judged | None:
             f"{path} is not what funcmeta evaluate writes: {type(error).__name__}: {error}. Run it again, or remove "
             f"the file."
         ) from error
+
+
+def _three(found: Any) -> list[float]:
+    low, median, high = (float(each) for each in found)
+    return [low, median, high]
 
 
 def _tiles(records: Sequence[Record], steps: int, best: Record | None, judged: _Judged | None) -> str:
@@ -151,7 +168,7 @@ def _tiles(records: Sequence[Record], steps: int, best: Record | None, judged: _
         entries.append((f"best validation, step {best.step}", f"{best.validation}", "good"))
     entries.append(("steps left out", f"{alarms}" if alarms else "none", "bad" if alarms else ""))
     if judged is not None and judged.step == step:
-        entries.append((f"{judged.score}, {judged.part} tasks", f"{judged.mean}", "good"))
+        entries.append((f"{judged.score}, {judged.part} tasks", f"{judged.mean}", judged.kind))
     return _page.tiles(entries)
 
 
@@ -208,12 +225,14 @@ def _tasks(judged: _Judged, stale: bool) -> str:
     first, last, left_out = _ends(rows)
     parts = [("The best tasks" if last else "All tasks", first), ("The worst tasks", last)]
     summary = _page.table(
-        "Means with their 95 % intervals",
+        "Means with their 95 % intervals, medians with their quartiles",
         ("meta", f"{judged.score}#"),
         [
             ("learned", f"{judged.mean}"),
             ("at first", f"{judged.at_first}"),
             ("difference, task by task", f"{judged.difference:+}"),
+            ("learned, median", _spread(judged.quartiles)),
+            ("at first, median", _spread(judged.quartiles_at_first)),
         ],
     )
     picture = _curves.histogram("scores", "Scores of the tasks", judged.scores, judged.mean, judged.at_first)
@@ -223,9 +242,16 @@ def _tasks(judged: _Judged, stale: bool) -> str:
         f"Held-out tasks, {judged.part}",
         *([_page.paragraph(note)] if stale else []),
         _page.columns([_page.chart("Scores", text, picture.svg()), summary]),
-        _page.paragraph(f"The tasks from the best to the worst.{left_out}"),
+        _page.paragraph(
+            f"Worse than at first: {judged.worse} of {len(rows)} tasks. From the best to the worst:{left_out}"
+        ),
         _page.columns(_page.table(name, ("place#", "task#", f"{judged.score}#"), part) for name, part in parts if part),
     )
+
+
+def _spread(quartiles: Sequence[float]) -> str:
+    low, median, high = quartiles
+    return f"{median:.4g} ({low:.4g} to {high:.4g})"
 
 
 def _ends(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row], str]:

@@ -155,8 +155,22 @@ def test_there_is_room_for_comparing_repeated_steps() -> None:
     assert live.peak <= given.bytes
 
 
+@pytest.mark.parametrize("steps", [1, 30, 400])
+def test_there_is_room_for_the_tensor_of_all_losses(steps: int) -> None:
+    """Of steps this small it takes more than anything that happens before."""
+    plan = fm.unroll(*learned_optimizer(), steps=steps, memory=fm.budget(10**8)).info.memory
+    assert plan is not None
+    assert plan.estimate is not None
+    assert plan.memory == fm.StoreAll()
+    case = learned_optimizer()
+    with LiveBytes() as live:
+        out = fm.unroll(*case, steps=steps, memory=fm.StoreAll())
+        torch.autograd.grad(out.loss, wanted(case.meta))
+    assert live.peak <= plan.estimate.peak_bytes
+
+
 def test_a_step_without_a_graph_may_be_what_takes_most() -> None:
-    sizes = Sizes(3, 0, 100, 0, 10, 0, 500, 10, 10, 1.0, 1.0)
+    sizes = Sizes(3, 0, 100, 0, 0, 10, 0, 500, 10, 10, 1.0, 1.0)
     more = sizes._replace(plain=600)
     assert more.peak(8, 2, 1, 0) - sizes.peak(8, 2, 1, 0) == 100
     kept, running, gradients = (1 + 2) * 100, 100 + 500, 3 + 100  # the result and two states; the step; what waits

@@ -53,13 +53,16 @@ def evaluation(number: int = 50, **others: Any) -> dict[str, Any]:
         "margin": 0.0125,
         "at_first": {"value": 0.25, "margin": 0.05},
         "difference": {"value": 0.5, "margin": 0.0625},
+        "quartiles": [0.5, 0.75, 0.875],
+        "quartiles_at_first": [0.125, 0.25, 0.375],
+        "worse": 3,
         "scores": [((7 * index) % number) / number for index in range(number)],
         "seed": 0,
         "number": number,
     } | others
 
 
-SHOWN = ("split", "score", "higher_is_better", "step", "mean", "margin", "at_first", "difference", "scores")
+SHOWN = tuple(key for key in evaluation() if key not in ("seed", "number"))
 """Of an evaluation, what the page shows."""
 
 
@@ -144,14 +147,24 @@ def test_a_high_score_can_be_the_best_one(tmp_path: Path) -> None:
 
 
 def test_each_table_has_a_caption_and_heads(text: str, tmp_path: Path) -> None:
-    names = ["All alarms", "Means with their 95 % intervals", "The best tasks", "The worst tasks"]
+    names = [
+        "All alarms",
+        "Means with their 95 % intervals, medians with their quartiles",
+        "The best tasks",
+        "The worst tasks",
+    ]
     assert re.findall(r"<table>\n<caption>(.*?)</caption>", text) == names
     assert text.count("<table>") == len(names)
     assert len(re.findall(r"<th\b", text)) == text.count('<th scope="col"') == 10
     found = [each._replace(alarm="exploded") for each in records()]
     (written(tmp_path, found) / "evaluation.json").write_text(json.dumps(evaluation(3)))
     captions = re.findall(r"<caption>(.*?)</caption>", report(tmp_path).read_text(encoding="utf-8"))
-    assert captions == ["The first alarms", "The last alarms", "Means with their 95 % intervals", "All tasks"]
+    assert captions == [
+        "The first alarms",
+        "The last alarms",
+        "Means with their 95 % intervals, medians with their quartiles",
+        "All tasks",
+    ]
 
 
 def test_the_tasks_are_sorted_and_the_middle_is_left_out(text: str) -> None:
@@ -163,6 +176,28 @@ def test_the_tasks_are_sorted_and_the_middle_is_left_out(text: str) -> None:
     assert all(float(row[2]) == pytest.approx(scores[int(row[1])]) for row in table[1:11] + table[12:])
     assert [float(row[2]) for row in table[1:11]] == sorted(scores)[:10]
     assert ["difference, task by task", "+0.500 ± 0.062"] in rows(text)
+    assert ["learned, median", "0.75 (0.5 to 0.875)"] in rows(text)
+    assert ["at first, median", "0.25 (0.125 to 0.375)"] in rows(text)
+    assert "Worse than at first: 3 of 50 tasks." in text
+
+
+@pytest.mark.parametrize(
+    ("higher", "difference", "kind"),
+    [(True, 0.5, "good"), (False, 0.5, "bad"), (False, -0.5, "good"), (True, 0.01, "")],
+)
+def test_the_result_is_marked_by_what_it_is(higher: bool, difference: float, kind: str, tmp_path: Path) -> None:
+    found = evaluation(higher_is_better=higher, difference={"value": difference, "margin": 0.0625})
+    (written(tmp_path) / "evaluation.json").write_text(json.dumps(found))
+    text = report(tmp_path).read_text(encoding="utf-8")
+    assert f'<div class="tile {kind}"><span>query accuracy, test tasks</span>' in text
+
+
+def test_two_tasks_that_diverged_do_not_spoil_the_picture(tmp_path: Path) -> None:
+    (written(tmp_path) / "evaluation.json").write_text(json.dumps(evaluation(scores=[1.0, 2.0, 3.0, 4.0] * 9 + [1e4])))
+    text = report(tmp_path).read_text(encoding="utf-8")
+    picture = ElementTree.tostring(pictures(text)["Scores of the tasks"], encoding="unicode")
+    assert "those far out are in the outermost bars" in picture
+    assert "10000" not in picture
 
 
 def test_few_tasks_are_all_shown_and_those_without_a_score_last(tmp_path: Path) -> None:
