@@ -102,7 +102,7 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
 
     def update(grads: Tree, state: StepState, params: Tree) -> tuple[Tree, StepState]:
         check_gradients(tree.aligned(params, grads, name="grads"), tree.leaves(params))
-        check_state(state, StepState)
+        check_state(state, StepState, counted=hypers.scheduled)
         devices = {leaf.device for leaf in tree.leaves(grads)}
         if len(devices) > 1:
             raise StructureError(

@@ -97,7 +97,7 @@ def per_tensor(
         flat = tree.is_flat(params)
         leaves = list(params.values()) if flat else tree.leaves(params)
         given = _column(params, flat, grads, "grads")
-        check_state(old, state)
+        check_state(old, state, counted=counted)
         kept = [_column(params, flat, getattr(old, name), name) for name in slots]
         check_gradients(given, leaves)
         for name, column in zip(slots, kept, strict=True):
@@ -166,12 +166,13 @@ def check_floating_leaves(params: Tree, *, name: str) -> None:
             )
 
 
-def check_state(state: Any, kind: type[Any]) -> None:
-    """Raise unless the state is one of this transform."""
-    if not isinstance(state, kind):
+def check_state(state: Any, kind: type[Any], *, counted: bool) -> None:
+    """Raise unless the state is one of this transform, with a count of the steps where it keeps one."""
+    if not isinstance(state, kind) or (counted and not isinstance(state.step, Tensor)):
+        without = " without a count of steps" if isinstance(state, kind) else ""
         raise StructureError(
-            f"state is a {type(state).__name__}, expected the {kind.__name__} of this transform. Pass what its init "
-            "or its latest update returned."
+            f"state is a {type(state).__name__}{without}, expected the {kind.__name__} of this transform. Pass what "
+            "its init or its latest update returned."
         )
 
 

@@ -116,6 +116,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.StructureError,
         "state is a SgdState, expected the AdamState of this transform. Pass what its init",
     ),
+    "a state without a count of steps": (
+        lambda: updated(optim.sgd(0.1, momentum=0.9, dampening=0.5), {}, {}, optim.sgd(0.1).init({})),
+        fm.StructureError,
+        "state is a SgdState without a count of steps, expected the SgdState of this transform. Pass what its init",
+    ),
     "a state of other parameters": (
         lambda: updated(optim.adam(), state=optim.adam().init({"w": torch.ones(1)})),
         fm.StructureError,
