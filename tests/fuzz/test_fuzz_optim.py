@@ -103,7 +103,8 @@ def test_transforms_refuse_or_agree_with_torch(draw: Draw) -> None:
     again = steps_of(transform, contiguous(grads), state, contiguous(params), steps, joined=not joined)
     close(out[0], again[0], TOLERANCE[dtype])
     plain = all(type(each) in (int, float) for each in hypers.values())
-    rounded = options.get("centered") and hypers["alpha"] < 0.3  # torch.optim takes the root of a rounding error
+    # with a small alpha the centered RMSprop of torch.optim takes the root of a rounding error
+    rounded = plain and options.get("centered") and hypers["alpha"] < 0.3
     if family.make in NAMESAKES and plain and not rounded and "schedule" not in name and leaves:
         own = [leaf.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for leaf in leaves]
         reference = NAMESAKES[family.make](own, **paired(hypers), **options, foreach=False)
