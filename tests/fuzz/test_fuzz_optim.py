@@ -106,8 +106,9 @@ def test_transforms_refuse_or_agree_with_torch(draw: Draw) -> None:
     # with a small alpha the centered RMSprop of torch.optim takes the root of a rounding error
     rounded = plain and options.get("centered") and hypers["alpha"] < 0.3
     if family.make in NAMESAKES and plain and not rounded and "schedule" not in name and leaves:
+        floats = {key: float(each) for key, each in hypers.items()}  # it takes no pair of one integer and one float
         own = [leaf.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for leaf in leaves]
-        reference = NAMESAKES[family.make](own, **paired(hypers), **options, foreach=False)
+        reference = NAMESAKES[family.make](own, **paired(floats), **options, foreach=False)
         for leaf, grad in zip(own, fm.tree.aligned(params, grads), strict=True):
             leaf.grad = grad.detach().clone(memory_format=torch.contiguous_format)
         for _ in range(steps):
