@@ -65,7 +65,8 @@ def test_transforms_refuse_or_agree_with_torch(draw: Draw) -> None:
     name = draw(st.sampled_from(sorted(FAMILIES)))
     family = FAMILIES[name]
     hypers = {key: hyper(draw, ends) for key, ends in family.hypers.items()}
-    if not hasattr(optim, family.make.__name__) and not all(
+    computes = not hasattr(optim, family.make.__name__)
+    if computes and not all(
         isinstance(each, float)
         or (isinstance(each, Tensor) and each.is_floating_point() and each.layout is torch.strided)
         for each in hypers.values()
@@ -78,6 +79,8 @@ def test_transforms_refuse_or_agree_with_torch(draw: Draw) -> None:
     dtype = draw(st.sampled_from(FLOATS))
     params = tree_of(draw, lambda: tensor(draw, dtypes=[dtype], odds=12, special=draw(st.booleans())))
     leaves, spec = fm.tree.flatten(params)
+    if computes and any(leaf.is_meta for leaf in leaves):
+        return
     column: list[Any] = []
     for leaf in leaves:
         right = tensor(draw, [leaf.shape], [leaf.dtype], special=draw(st.booleans()))
