@@ -49,6 +49,13 @@ def hyper(draw: Draw, ends: tuple[float, float]) -> Any:
     return draw(junk()) if form == "junk" else tensor(draw, odds=1)
 
 
+def usual(number: Any) -> bool:
+    """Whether a function of the user can compute with it."""
+    if isinstance(number, Tensor):
+        return number.is_floating_point() and number.layout is torch.strided and number.is_cpu
+    return isinstance(number, float)
+
+
 def steps_of(transform: Any, grads: Any, state: Any, params: Any, steps: int, *, joined: bool) -> tuple[Any, Any]:
     """Some steps with the same gradients."""
     for _ in range(steps):
@@ -66,11 +73,7 @@ def test_transforms_refuse_or_agree_with_torch(draw: Draw) -> None:
     family = FAMILIES[name]
     hypers = {key: hyper(draw, ends) for key, ends in family.hypers.items()}
     computes = not hasattr(optim, family.make.__name__)
-    if computes and not all(
-        isinstance(each, float)
-        or (isinstance(each, Tensor) and each.is_floating_point() and each.layout is torch.strided)
-        for each in hypers.values()
-    ):
+    if computes and not all(map(usual, hypers.values())):
         return  # the family computes with what it is given
     options = {key: draw(st.booleans()) for key in family.options}
     transform = attempt(lambda: family.make(**paired(hypers), **options), hypers)
