@@ -1,5 +1,6 @@
 """Hyper-parameters: what may be passed for one, and what a single parameter gets of it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -17,14 +18,19 @@ Value: TypeAlias = Any
 
 Values: TypeAlias = Mapping[str, Value]
 
-_NOT_NEGATIVE: tuple[Callable[[float], bool], str] = (lambda number: number >= 0, "at least 0")
-_FRACTION: tuple[Callable[[float], bool], str] = (lambda number: 0 <= number < 1, "in [0, 1)")
+_Range: TypeAlias = tuple[Callable[[float], bool], str]
+
+_NOT_NEGATIVE: _Range = (lambda number: 0 <= number < math.inf, "at least 0 and finite")
+_FRACTION: _Range = (lambda number: 0 <= number < 1, "in [0, 1)")
+_BOUND: _Range = (lambda number: number >= 0, "at least 0")
 _RANGES = {
     "beta1": _FRACTION,
     "beta2": _FRACTION,
     "rho": (lambda number: 0 <= number <= 1, "in [0, 1]"),
-    "dampening": (lambda number: number == number, "not NaN"),
-    "factor": (lambda number: number == number, "not NaN"),
+    "dampening": (math.isfinite, "that is finite"),
+    "factor": (math.isfinite, "that is finite"),
+    "limit": _BOUND,
+    "max_norm": _BOUND,
 }
 
 

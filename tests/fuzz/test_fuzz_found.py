@@ -116,6 +116,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.StructureError,
         "state is a SgdState, expected the AdamState of this transform. Pass what its init",
     ),
+    "a momentum that makes NaN of nothing": (
+        lambda: optim.sgd(0.1, momentum=float("inf")),
+        fm.ArgumentError,
+        "momentum is inf, expected a number at least 0 and finite",
+    ),
+    "a dampening beyond floats": (
+        lambda: optim.sgd(0.1, momentum=0.9, dampening=10**400),
+        fm.ArgumentError,
+        "dampening is ",
+    ),
     "a state without a count of steps": (
         lambda: updated(optim.sgd(0.1, momentum=0.9, dampening=0.5), {}, {}, optim.sgd(0.1).init({})),
         fm.StructureError,
