@@ -22,6 +22,10 @@ Rule = Callable[..., tuple[Any, ...]]
 """(values, parameter, gradient, *slots) -> (update, *new slots); the update is a tensor or ``Scaled``."""
 
 
+_HALF = 65504
+"""The largest number of half precision."""
+
+
 class Scaled(NamedTuple):
     """The update factor · direction, which need not be computed apart from the parameter that it is added to."""
 
@@ -34,6 +38,8 @@ class Scaled(NamedTuple):
     def added_to(self, param: Tensor) -> Tensor:
         if isinstance(self.factor, Tensor):
             return torch.addcmul(param, self.direction, self.factor)
+        if abs(self.factor) > _HALF:  # torch.add refuses a factor that the dtype does not hold
+            return param + self.alone()
         return torch.add(param, self.direction, alpha=self.factor)
 
 

@@ -696,6 +696,16 @@ def test_modes_are_flags_too() -> None:
         )
 
 
+def test_a_rate_beyond_half_precision_is_infinite_in_it() -> None:
+    params, grads = {"w": torch.ones(2, dtype=torch.float16)}, {"w": torch.ones(2, dtype=torch.float16)}
+    transform = optim.sgd(1e30)
+    state = transform.init(params)
+    moved, _ = optim.advance(transform, grads, state, params)
+    assert moved["w"].tolist() == [-float("inf")] * 2
+    updates, _ = transform.update(grads, state, params)
+    assert torch.equal(fm.apply_updates(params, updates)["w"], moved["w"])
+
+
 @pytest.mark.parametrize(
     ("make", "theirs"),
     [
