@@ -145,9 +145,9 @@ def inner_problem(
         A ``Problem`` whose state is an ``InnerState``.
 
     Raises:
-        ArgumentError: ``module`` can not be made functional, a loss or ``adapt`` is no function, a weight is no number,
-            ``adapt`` selects nothing, or a task without a query
-            meets a meta-loss that needs one.
+        ArgumentError: ``module`` can not be made functional, a loss or ``adapt`` is no function, ``optimizer`` is or
+            gives no ``Transform``, ``train`` is neither True, False nor None, a weight is no number, ``adapt`` selects
+            nothing, or a task without a query meets a meta-loss that needs one.
         StructureError: ``meta["params"]`` does not fit the module in names, shapes, dtypes or device.
 
     Examples:

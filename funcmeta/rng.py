@@ -14,6 +14,9 @@ def fold(seed: int, *numbers: int) -> int:
     """A new seed in [0, 2**63) from a seed and the numbers that name its use, such as a step index.
 
     The mixing is splitmix64 (Steele, Lea and Flood, 2014), so neighbouring numbers give unrelated seeds.
+
+    Raises:
+        ArgumentError: ``seed`` is no integer from 0 to 2**63 - 1, or one of the numbers is no integer.
     """
     state = _mix(check_seed(seed))
     for number in numbers:

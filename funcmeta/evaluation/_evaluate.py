@@ -99,8 +99,9 @@ def evaluate_optimizers(
         ``OptimizerEvaluation``: a row for each course and optimizer, and the loss after every step.
 
     Raises:
-        ArgumentError: no optimizer, no course, a name that stands twice, something else than an optimizer, an unknown
-            strategy, or a count or rate out of range; or every rate of a baseline diverges.
+        ArgumentError: optimizers, courses or baselines are no dict by name; no optimizer, no course, a name that stands
+            twice, something else than an optimizer, a course or a sampler in its place, an unknown strategy, or a
+            count, rate or seed out of range; or every rate of a baseline diverges.
 
     Examples:
         >>> def loss(meta, predict, batch):

@@ -105,6 +105,10 @@ def budget(bytes: int) -> Budget:
     Returns:
         A ``Budget``, to be passed as ``memory``. What it followed stands in ``out.info.memory``.
 
+    Raises:
+        ArgumentError: ``bytes`` is not a positive integer.
+        MemoryBudgetError: in a run, no policy stays within the budget.
+
     Examples:
         >>> budget(300 * 10**6)
         Budget(bytes=300000000, reserved=0)

@@ -43,6 +43,11 @@ def adadelta(
     Returns:
         The transform; its state holds `step`, `square_avg`, `acc_delta`.
 
+    Raises:
+        ArgumentError: a hyper-parameter is none, or a number out of its range; or a flag is neither True nor False.
+        StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
+            gradients or state do not fit each other.
+
     Examples:
         >>> transform = fm.optim.adadelta(eps=0.1)
         >>> params = {"w": torch.tensor([1.0])}

@@ -51,6 +51,11 @@ def adam(
     Returns:
         The transform; its state holds `step`, `exp_avg`, `exp_avg_sq`, and `max_exp_avg_sq` with `amsgrad`.
 
+    Raises:
+        ArgumentError: a hyper-parameter is none, or a number out of its range; or a flag is neither True nor False.
+        StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
+            gradients or state do not fit each other.
+
     Examples:
         >>> beta2 = torch.tensor(0.9, requires_grad=True)
         >>> transform = fm.optim.adam(0.1, betas=(0.9, beta2))
@@ -116,6 +121,11 @@ def adamw(
     Returns:
         The transform, with the state of `adam`.
 
+    Raises:
+        ArgumentError: a hyper-parameter is none, or a number out of its range; or a flag is neither True nor False.
+        StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
+            gradients or state do not fit each other.
+
     Examples:
         >>> transform = fm.optim.adamw(0.1, weight_decay=0.5)
         >>> params = {"w": torch.tensor([1.0])}
@@ -157,6 +167,11 @@ def amsgrad(
 
     Returns:
         The transform; its state is that of `adam` with `max_exp_avg_sq`.
+
+    Raises:
+        ArgumentError: a hyper-parameter is none, or a number out of its range; or a flag is neither True nor False.
+        StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
+            gradients or state do not fit each other.
 
     Examples:
         >>> transform = fm.optim.amsgrad(0.1)

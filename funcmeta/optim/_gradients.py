@@ -25,6 +25,11 @@ def clip_by_value(limit: Hyper) -> Transform:
     Returns:
         A transform of gradients, to be chained before an optimizer.
 
+    Raises:
+        ArgumentError: a hyper-parameter is none, or a number out of its range.
+        StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
+            gradients or state do not fit each other.
+
     Examples:
         >>> transform = fm.optim.clip_by_value(1.0)
         >>> grads = {"w": torch.tensor([3.0, -0.5])}
@@ -55,6 +60,11 @@ def clip_by_norm(max_norm: Hyper) -> Transform:
 
     Returns:
         A transform of gradients, to be chained before an optimizer.
+
+    Raises:
+        ArgumentError: a hyper-parameter is none, or a number out of its range.
+        StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
+            gradients or state do not fit each other.
 
     Examples:
         >>> transform = fm.optim.clip_by_norm(1.0)
@@ -130,6 +140,11 @@ def scale(factor: Hyper) -> Transform:
     Returns:
         A transform.
 
+    Raises:
+        ArgumentError: a hyper-parameter is none, or a number out of its range.
+        StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
+            gradients or state do not fit each other.
+
     Examples:
         >>> transform = fm.optim.scale(-0.5)
         >>> grads = {"w": torch.tensor([2.0])}
@@ -156,6 +171,11 @@ def add_weight_decay(weight_decay: Hyper) -> Transform:
 
     Returns:
         A transform of gradients, to be chained before an optimizer.
+
+    Raises:
+        ArgumentError: a hyper-parameter is none, or a number out of its range.
+        StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
+            gradients or state do not fit each other.
 
     Examples:
         >>> transform = fm.optim.add_weight_decay(0.5)

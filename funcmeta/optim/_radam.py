@@ -38,6 +38,11 @@ def radam(
     Returns:
         The transform; its state holds `step`, `exp_avg`, `exp_avg_sq`.
 
+    Raises:
+        ArgumentError: a hyper-parameter is none, or a number out of its range; or a flag is neither True nor False.
+        StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
+            gradients or state do not fit each other.
+
     Examples:
         >>> transform = fm.optim.radam(0.1)
         >>> params = {"w": torch.tensor([1.0])}

@@ -97,6 +97,9 @@ def advance(transform: Transform, grads: Tree, state: Any, params: Tree) -> tupl
     Returns:
         The new parameters and the new state.
 
+    Raises:
+        StructureError: params, gradients or state do not fit each other, or the transform.
+
     Examples:
         >>> transform = fm.optim.sgd(0.5)
         >>> params = {"w": torch.tensor([1.0])}

@@ -52,6 +52,9 @@ def mnist1d(batch_size: int = 50, *, dtype: torch.dtype = torch.float32, device:
         last. A batch is a pair of signals [batch_size, 40], of mean 0 and variance 1 over all, and labels [batch_size].
         The query is the test set, [1000, 40] and [1000].
 
+    Raises:
+        ArgumentError: ``batch_size`` is no count, ``dtype`` is not floating-point, or ``device`` is none.
+
     Examples:
         >>> task = mnist1d(batch_size=50)
         >>> x, y = task.support(0)

@@ -27,6 +27,9 @@ def quadratics(
     Returns:
         A sampler of tasks with batches (W, y), [dimension, dimension] and [dimension].
 
+    Raises:
+        ArgumentError: ``dimension`` is no count, ``dtype`` is not floating-point, or ``device`` is none.
+
     Examples:
         >>> W, y = quadratics(dimension=3).sample(seed=0).support
         >>> theta = torch.zeros(3)

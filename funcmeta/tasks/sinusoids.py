@@ -31,6 +31,9 @@ def sinusoids(
     Returns:
         A sampler of tasks with batches (x, y), both [points, 1].
 
+    Raises:
+        ArgumentError: ``shots`` or ``queries`` is no count, ``dtype`` is not floating-point, or ``device`` is none.
+
     Examples:
         >>> task = sinusoids(shots=3).sample(seed=0)
         >>> x, y = task.support

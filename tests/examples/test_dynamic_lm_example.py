@@ -1,7 +1,6 @@
 """The example of the language model with three memories runs, and what it claims comes out."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from real_data import WIKITEXT, needs_wikitext
 
 import funcmeta as fm
 from funcmeta.tasks import Article
@@ -16,7 +16,6 @@ from funcmeta.tasks import Article
 Load = Callable[[str], ModuleType]
 
 MOVING = ("dynamic evaluation", "dynamic evaluation, decay", "gates without FLUSH", "gates")
-WIKITEXT = Path(os.environ.get("FUNCMETA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "wikitext-2"
 
 
 @pytest.fixture
@@ -118,7 +117,7 @@ def test_every_way_to_change_the_weights_gains_over_the_static_model(script: Mod
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not WIKITEXT.is_dir(), reason="needs WikiText-2 in ../shared/data, or FUNCMETA_DATA")
+@needs_wikitext
 def test_gain_grows_along_articles_of_wikitext(script: ModuleType, tmp_path: Path) -> None:
     rows = run(script, tmp_path, data="wikitext", path=WIKITEXT)["rows"]
     for name in MOVING:

@@ -1,7 +1,6 @@
 """Meta-LSTM beside MAML: each is ahead of the untrained network, and the picture shows what the gates do."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -9,9 +8,9 @@ from typing import Any
 
 import pytest
 import typer
+from real_data import OMNIGLOT, needs_omniglot
 
 SCRIPT = "meta_lstm.py"
-DATA = Path(os.environ.get("FUNCMETA_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")) / "omniglot"
 Load = Callable[[str], ModuleType]
 
 
@@ -38,10 +37,8 @@ def test_data_that_is_not_there_is_asked_for(example: Load) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["glyphs", "omniglot"])
+@pytest.mark.parametrize("data", ["glyphs", pytest.param("omniglot", marks=needs_omniglot)])
 def test_each_is_ahead_of_the_untrained_network(data: str, example: Load, tmp_path: Path) -> None:
-    if data == "omniglot" and not DATA.exists():
-        pytest.skip(f"Omniglot is not in {DATA}; set FUNCMETA_DATA to the folder that holds omniglot/")
-    rows = run(example, tmp_path, data=data, path=DATA, quick=True)
+    rows = run(example, tmp_path, data=data, path=OMNIGLOT, quick=True)
     untrained, margin = rows.pop("untrained, SGD")
     assert all(accuracy - own > untrained + margin for accuracy, own in rows.values())

@@ -1,7 +1,6 @@
 """The minimal split of Omniglot: learned nearest neighbours against the published baseline."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -9,21 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from real_data import OMNIGLOT, needs_omniglot
 
 import funcmeta as fm
 
 SCRIPT = "published/omniglot_minimal.py"
-DATA = Path(os.environ.get("FUNCMETA_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")) / "omniglot"
 Load = Callable[[str], ModuleType]
-
-published = pytest.mark.skipif(
-    not (DATA / "all_runs.zip").exists(),
-    reason=f"Omniglot is not in {DATA}; set FUNCMETA_DATA to the folder that holds omniglot/",
-)
 
 
 def run(example: Load, out: Path, **options: Any) -> dict[str, dict[str, Any]]:
-    example(SCRIPT).main(DATA, out=out, **options)
+    example(SCRIPT).main(OMNIGLOT, out=out, **options)
     assert (out / "picture.png").stat().st_size > 10_000
     rows = json.loads((out / "figures.json").read_text())["rows"]
     assert all(len(row["by_run"]) == 20 for row in rows)
@@ -51,7 +45,7 @@ def test_each_step_of_reptile_sees_every_class_once(example: Load) -> None:
     assert torch.equal(given.support(4)[0], tasks.query[0][:, 60:])
 
 
-@published
+@needs_omniglot
 def test_a_short_training_is_ahead_of_chance(example: Load, tmp_path: Path) -> None:
     rows = run(example, tmp_path, quick=True)
     assert list(rows) == ["MAML", "first-order MAML", "Reptile", "Meta-SGD"]
@@ -59,7 +53,7 @@ def test_a_short_training_is_ahead_of_chance(example: Load, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@published
+@needs_omniglot
 def test_the_whole_run_is_ahead_of_the_published_baseline(example: Load, tmp_path: Path) -> None:
     rows = run(example, tmp_path)
     assert rows["MAML"]["error"] < 0.3875

@@ -1,7 +1,6 @@
 """Articles: published files where they are at hand, and small ones of our own making everywhere."""
 
 import bz2
-import os
 import pickle
 import re
 import sys
@@ -12,19 +11,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from real_data import WIKITEXT as REAL
+from real_data import needs_wikitext
 
 from funcmeta import tasks
 from funcmeta._errors import ArgumentError, DataError, MissingExtraError
 from funcmeta.tasks import Article, _wiki_markup, articles
 
-SHARED = Path(os.environ.get("FUNCMETA_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")) / "wikitext-2"
 WIKITEXT = " \n = Ada = \n \n Ada was first . \n = = Life = = \n \n = Bob = \n \n He was <unk> . \n \n"
 PAGE = "<page><title>{title}</title><ns>{ns}</ns>{more}<revision><text>{text}</text></revision></page>"
-
-published = pytest.mark.skipif(
-    not (SHARED / "valid.txt").exists(),
-    reason=f"WikiText-2 is not in {SHARED}; set FUNCMETA_DATA to the folder that holds wikitext-2/",
-)
 
 
 def page(title: str, text: str, ns: int = 0, more: str = "") -> str:
@@ -42,18 +37,18 @@ def wikitext(path: Path, text: str) -> Path:
     return path
 
 
-@published
+@needs_wikitext
 @pytest.mark.parametrize(("name", "words"), [("valid", 217_646), ("test", 245_569)])
 def test_wikitext_has_the_published_size(name: str, words: int) -> None:
-    found = tasks.wikitext_articles(SHARED / f"{name}.txt")
+    found = tasks.wikitext_articles(REAL / f"{name}.txt")
     assert len(found) == 60
     assert sum(len(article.words) for article in found) == words
 
 
-@published
+@needs_wikitext
 def test_wikitext_needs_the_blank_lines() -> None:
     """Two lines of the test file look like titles and stand inside of text."""
-    titles = [article.title for article in tasks.wikitext_articles(SHARED / "test.txt")]
+    titles = [article.title for article in tasks.wikitext_articles(REAL / "test.txt")]
     assert titles[0] == "Robert <unk>"
     assert not [title for title in titles if title.startswith("1 <unk>")]
 

@@ -1,7 +1,6 @@
 """Omniglot: the published archives where they are at hand, and small ones of our own making everywhere."""
 
 import io
-import os
 import random
 import struct
 import sys
@@ -17,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from real_data import OMNIGLOT, needs_omniglot
 from torch import Tensor
 
 import funcmeta.tasks as tasks
@@ -24,13 +24,6 @@ from funcmeta import rng
 from funcmeta._errors import ArgumentError, DataError, MissingExtraError
 from funcmeta.tasks._archive import LARGEST_FILE, MOST_MEMBERS
 from funcmeta.tasks._drawings import average_areas
-
-SHARED = Path(os.environ.get("FUNCMETA_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")) / "omniglot"
-
-published = pytest.mark.skipif(
-    not (SHARED / "images_background_small1.zip").exists(),
-    reason=f"Omniglot is not in {SHARED}; set FUNCMETA_DATA to the folder that holds omniglot/",
-)
 
 
 def png(ink: np.ndarray, mode: str = "1") -> bytes:
@@ -430,11 +423,11 @@ def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
         tasks.omniglot(path, ways=1)
 
 
-@published
+@needs_omniglot
 def test_the_published_small_archives() -> None:
     counts = {}
     for split in ("train", "validation", "test"):
-        sampler = tasks.omniglot(SHARED, ways=5, shots=5, queries=15, split=split)
+        sampler = tasks.omniglot(OMNIGLOT, ways=5, shots=5, queries=15, split=split)
         counts |= Counter(alphabet for alphabet, _ in sampler.classes)
         assert sampler.bank.examples == 20
         images = sampler.sample(seed=0).support[0]
@@ -443,11 +436,11 @@ def test_the_published_small_archives() -> None:
     background = {"Balinese": 24, "Greek": 24, "Korean": 40, "Latin": 26, "Sanskrit": 42}
     assert counts == background | {"Early_Aramaic": 22} | {"Japanese_(katakana)": 47, "Tagalog": 17}
     assert sum(counts.values()) == 242
-    turned = tasks.omniglot(SHARED, split="validation", rotations=True)
+    turned = tasks.omniglot(OMNIGLOT, split="validation", rotations=True)
     assert len(turned.classes) == 4 * 22
 
 
-@published
+@needs_omniglot
 @pytest.mark.parametrize(
     ("archive", "characters"),
     [
@@ -456,15 +449,15 @@ def test_the_published_small_archives() -> None:
     ],
 )
 def test_a_published_archive_by_itself(archive: str, characters: dict[str, int]) -> None:
-    path = SHARED / f"images_background_{archive}.zip"
+    path = OMNIGLOT / f"images_background_{archive}.zip"
     assert {split: len(tasks.omniglot(path, ways=1, split=split).classes) for split in characters} == characters
 
 
-@published
+@needs_omniglot
 def test_a_published_drawing_is_that_of_the_archive() -> None:
-    task = tasks.omniglot(SHARED, ways=22, shots=20, queries=0, split="validation", size=105).sample(seed=0)
+    task = tasks.omniglot(OMNIGLOT, ways=22, shots=20, queries=0, split="validation", size=105).sample(seed=0)
     label = task.spec.index(("Early_Aramaic", "character03"))
-    with zipfile.ZipFile(SHARED / "images_background_small1.zip") as archive:
+    with zipfile.ZipFile(OMNIGLOT / "images_background_small1.zip") as archive:
         names = [name for name in archive.namelist() if "Early_Aramaic/character03/" in name and name.endswith(".png")]
         expected = {(np.asarray(Image.open(archive.open(name)).convert("L")) > 0).tobytes() for name in names}
     images = task.support[0][task.support[1] == label, 0]
@@ -500,16 +493,16 @@ def modified_hausdorff_error(runs: list[tasks.Task]) -> float:
     return wrong / total
 
 
-@published
+@needs_omniglot
 def test_the_published_runs_are_recognized_in_part() -> None:
     """At a third of the size the baseline errs about as often as at the full one; by chance it would in 0.95."""
-    runs = tasks.omniglot_runs(SHARED, size=35)
+    runs = tasks.omniglot_runs(OMNIGLOT, size=35)
     assert [run.spec for run in runs] == [f"run{number:02}" for number in range(1, 21)]
     assert all(sorted(run.query[1].tolist()) == list(range(20)) for run in runs if run.query)
     assert 0.3 < modified_hausdorff_error(runs) < 0.45
 
 
 @pytest.mark.slow
-@published
+@needs_omniglot
 def test_the_published_baseline_error_of_the_runs_is_reproduced() -> None:
-    assert modified_hausdorff_error(tasks.omniglot_runs(SHARED, size=105)) == 0.3875
+    assert modified_hausdorff_error(tasks.omniglot_runs(OMNIGLOT, size=105)) == 0.3875
