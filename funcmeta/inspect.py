@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from funcmeta import rng, tree
 from funcmeta._errors import ArgumentError
 from funcmeta._graph import check_differentiable_again
+from funcmeta._guard import check_has_data
 from funcmeta._typing import Buffers, Params
 from funcmeta.model import functionalize, tied_names
 
@@ -96,7 +97,7 @@ def inspect(module: nn.Module, *inputs: Any, seed: int = 0) -> Readiness:
         A ``Readiness``; ``print`` it for a table, index it by a property's name.
 
     Raises:
-        ArgumentError: the module can not be made functional, or does not run on these inputs; a bad seed.
+        ArgumentError: the module can not be made functional, does not run on these inputs, or has no data; a bad seed.
 
     Examples:
         >>> print(inspect(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), torch.ones(2, 3)))
@@ -130,6 +131,8 @@ class _Subject:
         self._model, self._params, self._buffers = functionalize(module)
         generator = torch.Generator().manual_seed(seed)
         self._direction = tree.map(lambda leaf: torch.randn(leaf.shape, generator=generator).to(leaf), self._params)
+        for name, value in (("inputs", inputs), ("params", self._params), ("buffers", self._buffers)):
+            check_has_data(value, name)
         try:
             self._run(self._params, self._buffers)
         except Exception as error:

@@ -277,7 +277,8 @@ def _builder(transform: Any, hypers: Tree) -> Callable[[Tree], Transform]:
         if tree.leaves(hypers):
             raise ArgumentError("hypers came with a finished Transform. Pass the function from them to a Transform.")
         return lambda _: transform
-    if not callable(transform) or not isinstance(transform(hypers), Transform):
+    function = callable(transform) and not isinstance(transform, type)
+    if not function or not isinstance(transform(hypers), Transform):
         raise ArgumentError(
             f"transform is {transform!r}, expected a Transform, or a function that makes one of hypers. Pass what "
             f"sgd(...) returns, or e.g. lambda hypers: sgd(hypers['lr'])."

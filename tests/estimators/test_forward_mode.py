@@ -186,6 +186,19 @@ def test_without_anything_to_differentiate(why: str) -> None:
     close(out.loss, fm.unroll(*hypers(), steps=3).loss.detach())
 
 
+def test_without_grad_mode_no_tangent_is_computed() -> None:
+    taken = []
+    problem, meta, task = hypers()
+
+    def step(*arguments: Any) -> Any:
+        taken.append(1)
+        return problem.step(*arguments)
+
+    with torch.no_grad():
+        fm.unroll(problem._replace(step=step), meta, task, steps=3, estimator=fm.ForwardMode(1))
+    assert len(taken) == 3
+
+
 def test_a_leaf_without_use_has_the_derivative_zero() -> None:
     problem, meta, task = hypers()
     meta["unused"] = leaf(1.0)

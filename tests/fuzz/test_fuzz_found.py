@@ -261,6 +261,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.ArgumentError,
         r"trajectory_loss\(step\) is 'a', expected the weight",
     ),
+    "inputs without data": (
+        lambda: fm.inspect(NET, torch.ones(1, 1, device="meta")),
+        fm.ArgumentError,
+        r"inputs\[0\] is float32\[1, 1\] on meta, a device where tensors have no data",
+    ),
+    "a class in place of a transform": (
+        lambda: fm.check_transform(nn.Linear, {"w": X}, hypers=3),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "transform is <class .*Linear.*>, expected a Transform, or a function",
+    ),
     "a seed that is none": (lambda: fm.inspect(NET, torch.ones(1, 1), seed=0.5), fm.ArgumentError, "seed is 0.5, exp"),  # type: ignore[arg-type]
     "parameters of torch that are none": (
         lambda: learned.TorchOptimizer([NET.weight, 3], optim.adam()),  # type: ignore[list-item]
