@@ -102,7 +102,7 @@ def check_finite(loss: Tensor, losses: Tensor, start: int) -> None:
     """Raise when a loss is NaN or infinite, and name the step."""
     if inside_functorch():
         return
-    if losses.numel() and not all(end.isfinite() for end in losses.aminmax()):  # without a tensor of its size
+    if losses.numel() and not all(end.isfinite() for end in losses.detach().aminmax()):  # without a tensor of its size
         index = (~losses.isfinite()).nonzero()[0].tolist()
         where = f"step {start + index[0]}" + (f", task {index[1]}" if len(index) > 1 else "")
         raise NonFiniteError(

@@ -28,7 +28,7 @@ def build(
         module: the network, whose parameters are where meta-training begins.
         loss_fn: (meta, predict, batch) → 0-d loss on the support; the query is not used.
         steps: inner steps, at least 1; with one step of SGD the outer gradient is that of joint training.
-        optimizer: the inner optimizer, e.g. ``sgd(0.02)``, or ``adam(1e-3, beta1=0.0)`` as in the paper.
+        optimizer: the inner optimizer, e.g. ``sgd(0.02)``, or ``adam(1e-3, betas=(0.0, 0.999))`` as in the paper.
         strategy: how stacked tasks are run: "vmap", "loop" or "auto".
         train: train mode (True), eval mode (False), or each submodule in its own mode (None).
 

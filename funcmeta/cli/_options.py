@@ -35,7 +35,7 @@ class Options:
 
 
 def options(given: dict[str, Any]) -> Options:
-    """What is given; None stands for the default, as far as it depends on the data.
+    """What is given; None stands for the default.
 
     Raises:
         ArgumentError: an option is given that the data or the model do not read.

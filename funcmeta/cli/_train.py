@@ -123,8 +123,7 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
     )
     console = Console()
     console.print(f"[bold]{made.title}[/bold], {count} tasks of the {part} part", highlight=False)
-    changes = found.scores - before.scores
-    difference = Mean.of(changes)
+    difference = Mean.of(found.scores - before.scores)
     lines = [
         ("learned", f"{found.mean}, {_middle(found)}"),
         ("at first", f"{before.mean}, {_middle(before)}"),
@@ -132,7 +131,7 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
     ]
     for name, line in lines:
         console.print(f"{made.score_name}, {name + ':':12} {line}", highlight=False)
-    worse = int((changes < 0 if made.higher_is_better else changes > 0).sum())
+    worse = found.worse(before, higher_is_better=made.higher_is_better)
     console.print(f"Worse than at first: {worse} of {count} tasks.", highlight=False)
     content = {
         "split": part,
@@ -143,10 +142,8 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
         "margin": found.mean.margin,
         "at_first": before.mean._asdict(),
         "difference": difference._asdict(),
-        "quartiles": found.quartiles,
-        "quartiles_at_first": before.quartiles,
-        "worse": worse,
         "scores": found.scores.tolist(),
+        "scores_at_first": before.scores.tolist(),
         "seed": seed,
         "number": count,
     }

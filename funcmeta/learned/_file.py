@@ -108,7 +108,7 @@ def load(path: str | Path, *, make: Callable[..., LearnedOptimizer] | None = Non
     about, tensors = tensors_in(path, advice="Pass a file that learned.save wrote.")
     if about.get("funcmeta") != VERSION:
         raise DataError(
-            f"{path} is a safetensors file whose metadata have 'funcmeta': {about.get('funcmeta', '')[:20]!r}, "
+            f"{path} is a safetensors file whose metadata have 'funcmeta': {about.get('funcmeta', '')[:20] or None!r}, "
             f"expected 'funcmeta': '{VERSION}'. Pass a file that learned.save of this version wrote."
         )
     if make is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations  # torch.compile does not trace tuple[...] in an inner function
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,8 @@ def clip_by_value(limit: Hyper) -> Transform:
     u = min(max(g, -limit), limit), differentiable in g where it is not clipped, and in the limit where it is.
 
     Args:
-        limit: at least 0, in units of the gradient; a number, a tensor, a tree like the parameters or a callable of the
-            step.
+        limit: at least 0, in units of the gradient, infinite to clip nothing; a number, a tensor, a tree like the
+            parameters or a callable of the step.
 
     Returns:
         A transform of gradients, to be chained before an optimizer.
@@ -55,8 +57,8 @@ def clip_by_norm(max_norm: Hyper) -> Transform:
     and a zero gradient passes through with derivative 1.
 
     Args:
-        max_norm: at least 0, in units of the gradient; a number, a 0-d tensor, a tree of these like the parameters or a
-            callable of the step.
+        max_norm: at least 0, in units of the gradient, infinite to clip nothing; a number, a 0-d tensor, a tree of
+            these like the parameters or a callable of the step.
 
     Returns:
         A transform of gradients, to be chained before an optimizer.
@@ -88,12 +90,14 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
     the meta-gradient, and a zero gradient passes through with derivative 1.
 
     Args:
-        max_norm: at least 0, in units of the gradient; a number, a 0-d tensor or a callable of the step.
+        max_norm: at least 0, in units of the gradient, infinite to clip nothing; a number, a 0-d tensor or a callable
+            of the step.
 
     Returns:
         A transform of gradients, to be chained before an optimizer.
 
     Raises:
+        ArgumentError: ``max_norm`` is none, or a number below 0.
         StructureError: in its update, the gradients are on several devices, or ``max_norm`` on another one.
 
     Examples:
@@ -194,6 +198,8 @@ def add_weight_decay(weight_decay: Hyper) -> Transform:
 
 def _shrinkage(square: Tensor, max_norm: Value) -> Tensor:
     """min(1, max_norm / norm) for a squared norm; 1, with derivative 0, at norm 0."""
+    if not isinstance(max_norm, Tensor) and max_norm == math.inf:
+        return torch.ones_like(square)  # of a square that overflowed too
     zero = square == 0
     norm = square.masked_fill(zero, 1.0).sqrt()
     return (torch.minimum(norm, double(max_norm)) / norm).masked_fill(zero, 1.0)

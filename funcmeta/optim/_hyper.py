@@ -18,17 +18,18 @@ Value: TypeAlias = Any
 
 Values: TypeAlias = Mapping[str, Value]
 
-_Range: TypeAlias = tuple[Callable[[float], bool], str]
+_Range: TypeAlias = tuple[Callable[[float], bool], str]  # comparisons only: torch.compile traces no math.isfinite
 
 _NOT_NEGATIVE: _Range = (lambda number: 0 <= number < math.inf, "at least 0 and finite")
 _FRACTION: _Range = (lambda number: 0 <= number < 1, "in [0, 1)")
+_FINITE: _Range = (lambda number: -math.inf < number < math.inf, "that is finite")
 _BOUND: _Range = (lambda number: number >= 0, "at least 0")
 _RANGES = {
     "beta1": _FRACTION,
     "beta2": _FRACTION,
     "rho": (lambda number: 0 <= number <= 1, "in [0, 1]"),
-    "dampening": (math.isfinite, "that is finite"),
-    "factor": (math.isfinite, "that is finite"),
+    "dampening": _FINITE,
+    "factor": _FINITE,
     "limit": _BOUND,
     "max_norm": _BOUND,
 }
@@ -50,6 +51,18 @@ class Hypers:
             return True
         hyper = self.fixed.get(name, 0)
         return isinstance(hyper, Tensor) or hyper != 0
+
+    def check_held(self, leaves: Sequence[Tensor]) -> None:
+        """Raise where a number is more than the dtype of a parameter holds: ∞ in it, which times 0 is NaN."""
+        for name, number in self.fixed.items():
+            if isinstance(number, Tensor) or _RANGES.get(name) is _BOUND:
+                continue
+            for dtype in {leaf.dtype for leaf in leaves}:
+                if abs(number) > torch.finfo(dtype).max:
+                    raise ArgumentError(
+                        f"{name} is {number!r}, more than {torch.finfo(dtype).max:g}, the most that a parameter of "
+                        f"{dtype} holds. Pass a smaller one."
+                    )
 
     def single(self, name: str, step: Any) -> Value:
         """The value that all parameters share at this step; an error where it differs within them."""
@@ -121,9 +134,9 @@ def blend(old: Tensor, new: Tensor, keep: Value) -> Tensor:
 
 
 def blend_square(old: Tensor, grad: Tensor, keep: Value) -> Tensor:
-    """The running average keep · old + (1 - keep) · grad², which stays infinite once it is: lerp(∞, ∞) is NaN."""
+    """The running average keep · old + (1 - keep) · grad², in which ∞ stays ∞ where lerp makes NaN of it."""
     if isinstance(keep, Tensor) or old.dtype != grad.dtype:
-        blended: Tensor = keep * old + (1 - keep) * (grad * grad)
+        blended: Tensor = keep * old + (1 - keep) * grad * grad
         return blended
     return old.mul(keep).addcmul(grad, grad, value=1 - keep)
 

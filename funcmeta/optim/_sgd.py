@@ -48,7 +48,10 @@ def sgd(
         The transform; its state holds `momentum_buffer`, and `step` where dampening or a schedule reads it.
 
     Raises:
-        ArgumentError: Nesterov's variant without momentum or with dampening; a number out of its range.
+        ArgumentError: Nesterov's variant without momentum or with dampening; a hyper-parameter is none, or a number out
+            of its range, not finite, or more than the dtype holds; or a flag is neither True nor False.
+        StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
+            gradients or state do not fit each other.
 
     Examples:
         >>> lr = torch.tensor(0.1, requires_grad=True)

@@ -1,7 +1,6 @@
 """The curves of a run as pictures inside of a page, which take their colours from it."""
 
 import io
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from funcmeta.compare._plot import figure
-from funcmeta.training._evaluation import Mean
+from funcmeta.training._evaluation import Evaluation, Mean
 from funcmeta.training._folder import Record
 
 POINTS = 300
@@ -96,21 +95,32 @@ def means(name: str, label: str, steps: Sequence[int], found: Sequence[Mean], be
     return panel
 
 
-def histogram(name: str, label: str, scores: Sequence[float], mean: Mean, before: Mean | None) -> Panel:
-    """How often which score was met, the mean, and the mean of before."""
-    known = _drawable(scores)
-    known, far = _drawn_in(known[np.isfinite(known)])
-    bins = int(np.clip(len(known) ** 0.5 * 1.5, 5, 40))
-    ends = _apart(known.min(), known.max()) if len(known) else None
-    panel = Panel(name, label, f"score of a task{'; those far out are in the outermost bars' if far else ''}")
-    panel.axes.hist(known, bins=bins, range=ends, color=_COLORS["noise"], edgecolor=_COLORS["line"], linewidth=0.8)
-    here, there = _drawable([mean.value, math.nan if before is None else before.value])
-    panel.axes.axvline(here, color=_COLORS["line"], linewidth=2)
-    panel.axes.axvline(there, color=_COLORS["text"], linewidth=1.5, linestyle="--")
-    if far:
-        panel.axes.set_xlim(ends)
+def histogram(name: str, label: str, found: Evaluation, before: Mean) -> tuple[Panel, str]:
+    """How often which score was met, the mean, and the mean of before; and what lies outside, in words."""
+    panel = Panel(name, label, "score of a task")
     panel.axes.set_ylabel("tasks")
-    return panel
+    known = _drawable(found.scores.tolist())
+    known = known[np.isfinite(known)]
+    if len(known) == 0:
+        return panel, ""
+    low, high = _near(known)
+    inside = known.clip(low, high)
+    ends = _apart(inside.min(), inside.max())
+    bins = int(np.clip(len(known) ** 0.5 * 1.5, 5, 40))
+    panel.axes.hist(inside, bins=bins, range=ends, color=_COLORS["noise"], edgecolor=_COLORS["line"], linewidth=0.8)
+    far = int((inside != known).sum())
+    outside = f" {far} far out {'is' if far == 1 else 'are'} in an outermost bar." if far else ""
+    left, right = ends
+    room = 3 * (right - left)  # for a line beside the bars
+    for what, value, style in (("The mean", found.mean.value, "-"), ("The mean at first", before.value, "--")):
+        if not ends[0] - room <= value <= ends[1] + room:
+            outside += f" {what}, {value:.4g}, lies outside."
+            continue
+        left, right = min(left, value), max(right, value)
+        panel.axes.axvline(value, color=_COLORS["line" if style == "-" else "text"], linewidth=2, linestyle=style)
+    edge = 0.03 * (right - left)
+    panel.axes.set_xlim(left - edge, right + edge)
+    return panel, outside
 
 
 def mark_alarms(panel: Panel, records: Sequence[Record]) -> None:
@@ -134,14 +144,13 @@ def _drawable(values: Sequence[float | None]) -> Array:
     return np.where(np.isinf(y), y, y.clip(-EDGE, EDGE))
 
 
-def _drawn_in(known: Array) -> tuple[Array, bool]:
-    """The values, those that lie over five times the range of the quartiles beyond these at that place; if any do."""
-    if len(known) == 0:
-        return known, False
-    low, high = np.quantile(known, (0.25, 0.75))
-    room = 5 * (high - low) or math.inf
-    inside = known.clip(low - room, high + room)
-    return inside, bool((inside != known).any())
+def _near(known: Array) -> tuple[float, float]:
+    """Where nearly all values lie: five times the range of the quartiles, or of the middle nine tenths, beyond it."""
+    for part in (0.25, 0.05):
+        low, high = np.quantile(known, (part, 1 - part))
+        if high > low:
+            return float(low - 5 * (high - low)), float(high + 5 * (high - low))
+    return float(known.min()), float(known.max())
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:

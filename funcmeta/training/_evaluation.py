@@ -10,11 +10,10 @@ from funcmeta import rng
 from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError, NonFiniteError
 from funcmeta._typing import Meta
+from funcmeta.evaluation._rows import quartiles
 from funcmeta.tasks import Sampler, Streams
 from funcmeta.training._objective import Objective, Score, objective
 from funcmeta.training._ranks import Ranks
-
-_QUARTERS = (0.25, 0.5, 0.75)
 
 
 class Mean(NamedTuple):
@@ -64,12 +63,17 @@ class Evaluation(NamedTuple):
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
-        """The lower quartile, the median and the upper quartile, each a score that a task has.
+        """The lower quartile, the median and the upper quartile, each the lower of two scores; NaN counts as infinite.
 
         A task whose training diverged moves the mean as far as it likes, and these hardly.
         """
-        low, median, high = self.scores.sort().values[[round(part * (len(self.scores) - 1)) for part in _QUARTERS]]
-        return low.item(), median.item(), high.item()
+        low, median, high = (each.item() for each in quartiles(self.scores))
+        return low, median, high
+
+    def worse(self, before: "Evaluation", *, higher_is_better: bool) -> int:
+        """Of how many tasks the score is worse than in an earlier evaluation of the same ones; NaN is the worst."""
+        losses, earlier = (-each.scores if higher_is_better else each.scores for each in (self, before))
+        return int((losses.nan_to_num(nan=math.inf) > earlier.nan_to_num(nan=math.inf)).sum())
 
 
 class Validation(NamedTuple):

@@ -250,7 +250,7 @@ def _check_kinds(optimizer: Any, scheduler: Any, alarm: Any, validation: Any, fo
     """Raise unless each is of the kind that it has to be."""
     watches = isinstance(watch, list | tuple) and all(map(callable, watch))
     for name, value, good, wanted in (
-        ("optimizer", optimizer, callable(optimizer), _OPTIMIZER),
+        ("optimizer", optimizer, callable(optimizer) and not isinstance(optimizer, type), _OPTIMIZER),
         (
             "scheduler",
             scheduler,

@@ -8,10 +8,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from funcmeta._errors import DataError
 from funcmeta._machine import machine
 from funcmeta.training import _curves, _page, _tree_file
-from funcmeta.training._evaluation import Mean
+from funcmeta.training._evaluation import Evaluation, Mean
 from funcmeta.training._folder import Log, Record, read_log
 
 SHOWN = 10
@@ -75,13 +78,9 @@ class _Judged(NamedTuple):
     score: str
     higher_is_better: bool
     step: int
-    mean: Mean
-    at_first: Mean
     difference: Mean
-    quartiles: list[float]
-    quartiles_at_first: list[float]
-    worse: int
-    scores: list[float]
+    found: Evaluation
+    before: Evaluation
 
     @property
     def kind(self) -> str:
@@ -129,18 +128,17 @@ def _judged(path: Path) -> _Judged | None:
         first, difference, higher = found["at_first"], found["difference"], found["higher_is_better"]
         if not isinstance(higher, bool):
             raise TypeError(f"higher_is_better is {higher!r}")
+        scores, earlier = _scores(found["scores"]), _scores(found.get("scores_at_first", []))
+        if len(earlier) not in (0, len(scores)):
+            raise ValueError(f"scores_at_first are {len(earlier)}, but scores {len(scores)}")
         return _Judged(
             str(found["split"]),
             str(found["score"]),
             higher,
             int(found["step"]),
-            Mean(float(found["mean"]), float(found["margin"])),
-            Mean(float(first["value"]), float(first["margin"])),
             Mean(float(difference["value"]), float(difference["margin"])),
-            _three(found["quartiles"]),
-            _three(found["quartiles_at_first"]),
-            int(found["worse"]),
-            [float(score) for score in found["scores"]],
+            Evaluation(scores, Mean(float(found["mean"]), float(found["margin"]))),
+            Evaluation(earlier, Mean(float(first["value"]), float(first["margin"]))),
         )
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DataError(
@@ -149,9 +147,8 @@ def _judged(path: Path) -> _Judged | None:
         ) from error
 
 
-def _three(found: Any) -> list[float]:
-    low, median, high = (float(each) for each in found)
-    return [low, median, high]
+def _scores(found: Any) -> Tensor:
+    return torch.tensor([float(each) for each in found], dtype=torch.float64)
 
 
 def _tiles(records: Sequence[Record], steps: int, best: Record | None, judged: _Judged | None) -> str:
@@ -168,7 +165,7 @@ def _tiles(records: Sequence[Record], steps: int, best: Record | None, judged: _
         entries.append((f"best validation, step {best.step}", f"{best.validation}", "good"))
     entries.append(("steps left out", f"{alarms}" if alarms else "none", "bad" if alarms else ""))
     if judged is not None and judged.step == step:
-        entries.append((f"{judged.score}, {judged.part} tasks", f"{judged.mean}", judged.kind))
+        entries.append((f"{judged.score}, {judged.part} tasks", f"{judged.found.mean}", judged.kind))
     return _page.tiles(entries)
 
 
@@ -219,8 +216,8 @@ def _charts(records: Sequence[Record], best: Record | None) -> list[str]:
 
 
 def _tasks(judged: _Judged, stale: bool) -> str:
-    sign = -1 if judged.higher_is_better else 1
-    order = sorted(enumerate(judged.scores), key=lambda each: (math.isnan(each[1]), sign * each[1]))
+    sign, found, before = -1 if judged.higher_is_better else 1, judged.found, judged.before
+    order = sorted(enumerate(found.scores.tolist()), key=lambda each: (math.isnan(each[1]), sign * each[1]))
     rows = [(str(place), str(task), f"{score:.4g}") for place, (task, score) in enumerate(order, 1)]
     first, last, left_out = _ends(rows)
     parts = [("The best tasks" if last else "All tasks", first), ("The worst tasks", last)]
@@ -228,29 +225,31 @@ def _tasks(judged: _Judged, stale: bool) -> str:
         "Means with their 95 % intervals, medians with their quartiles",
         ("meta", f"{judged.score}#"),
         [
-            ("learned", f"{judged.mean}"),
-            ("at first", f"{judged.at_first}"),
+            ("learned", f"{found.mean}"),
+            ("at first", f"{before.mean}"),
             ("difference, task by task", f"{judged.difference:+}"),
-            ("learned, median", _spread(judged.quartiles)),
-            ("at first, median", _spread(judged.quartiles_at_first)),
+            *((f"{name}, median", _spread(each)) for name, each in (("learned", found), ("at first", before))),
         ],
     )
-    picture = _curves.histogram("scores", "Scores of the tasks", judged.scores, judged.mean, judged.at_first)
-    text = f"{judged.score} of {len(judged.scores)} tasks. Line: the mean; dashed: the mean at first."
+    picture, outside = _curves.histogram("scores", "Scores of the tasks", found, before.mean)
+    text = f"{judged.score} of {len(rows)} tasks. Line: the mean; dashed: the mean at first.{outside}"
     note = "The run went on after this was written: run funcmeta evaluate again when it is at its end."
+    worse = "?" if len(before.scores) == 0 else found.worse(before, higher_is_better=judged.higher_is_better)
     return _page.section(
         f"Held-out tasks, {judged.part}",
         *([_page.paragraph(note)] if stale else []),
         _page.columns([_page.chart("Scores", text, picture.svg()), summary]),
         _page.paragraph(
-            f"Worse than at first: {judged.worse} of {len(rows)} tasks. From the best to the worst:{left_out}"
+            f"The tasks from the best to the worst. Worse than at first: {worse} of {len(rows)}.{left_out}"
         ),
         _page.columns(_page.table(name, ("place#", "task#", f"{judged.score}#"), part) for name, part in parts if part),
     )
 
 
-def _spread(quartiles: Sequence[float]) -> str:
-    low, median, high = quartiles
+def _spread(evaluation: Evaluation) -> str:
+    if len(evaluation.scores) == 0:  # earlier versions did not write all of them
+        return "?"
+    low, median, high = evaluation.quartiles
     return f"{median:.4g} ({low:.4g} to {high:.4g})"
 
 

@@ -169,6 +169,53 @@ def test_there_is_room_for_the_tensor_of_all_losses(steps: int) -> None:
     assert live.peak <= plan.estimate.peak_bytes
 
 
+@pytest.mark.parametrize(
+    ("fields", "part", "times"),
+    [
+        (("initial",), 1, 1),
+        (("notes",), 1, 7),  # of the steps whose graph, which has its own, is not kept
+        (("notes",), 3, 5),
+        (("notes",), 8, 0),
+        (("loss",), 1, 8),
+        (("loss",), 8, 8),
+        (("meta",), 1, 2),  # the gradient of this step, and what it is added to
+        (("meta",), 8, 1),
+        (("state",), 1, 5),  # the result, two that are stored, one that runs, and the gradient by one
+        (("graph",), 1, 2),
+        (("graph",), 3, 4),
+        (("graph",), 8, 8),
+        (("graph", "seam"), 3, 2),
+        (("plain",), 1, 1),
+        (("plain",), 8, 0),
+        (("forward",), 1, 1),
+        (("backward",), 8, 1),
+        (("backward", "meta"), 1, 3),
+    ],
+)
+def test_each_size_counts_as_often_as_it_is_alive(fields: tuple[str, ...], part: int, times: int) -> None:
+    """8 steps with 2 states stored, and nothing but these sizes."""
+    nothing = Sizes(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1.0, 1.0)
+    size = 10**6  # beside which the room for comparisons is little
+    found = nothing._replace(**dict.fromkeys(fields, size)).peak(8, 2 if part < 8 else 0, part, 0)
+    assert 0 <= found - times * size < size / 10
+
+
+def test_it_chooses_what_looking_at_every_policy_would() -> None:
+    sizes = Sizes(10, 0, 100, 1, 1, 1000, 50, 50, 200, 300, 1.0, 2.0)
+    steps, kinds = 40, set()
+    every: list[Any] = [fm.StoreAll(), *map(fm.Segments, range(1, steps)), *map(fm.Revolve, range(1, steps))]
+    plans = [fm.plan(each, steps) for each in every]
+    peaks = [sizes.estimate(each, 0).peak_bytes for each in plans]
+    for given in range(min(peaks), max(peaks) + 1, 100):
+        chosen = fm.Budget(given)._choose(sizes, steps)
+        assert sizes.estimate(chosen, 0).peak_bytes <= given
+        assert chosen.evaluations == min(
+            each.evaluations for each, peak in zip(plans, peaks, strict=True) if peak <= given
+        )
+        kinds.add(type(chosen.memory))
+    assert kinds == {fm.StoreAll, fm.Segments, fm.Revolve}
+
+
 def test_a_step_without_a_graph_may_be_what_takes_most() -> None:
     sizes = Sizes(3, 0, 100, 0, 0, 10, 0, 500, 10, 10, 1.0, 1.0)
     more = sizes._replace(plain=600)

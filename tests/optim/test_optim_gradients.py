@@ -110,16 +110,28 @@ def detached_root(value: Tensor) -> Tensor:
     return _hyper.safe_sqrt(value).detach()
 
 
+def half_detached_mean(old: Tensor, new: Tensor, keep: Any) -> Tensor:
+    assert isinstance(keep, Tensor)
+    return keep.detach() * old + (1 - keep) * new
+
+
 def half_detached_average(old: Tensor, grad: Tensor, keep: Any) -> Tensor:
     assert isinstance(keep, Tensor)
     return keep.detach() * old + (1 - keep) * grad * grad
 
 
-@pytest.mark.parametrize(("target", "mutant"), [("safe_sqrt", detached_root), ("blend_square", half_detached_average)])
+@pytest.mark.parametrize(
+    ("target", "mutant", "name"),
+    [
+        ("safe_sqrt", detached_root, "beta2"),
+        ("blend", half_detached_mean, "beta1"),
+        ("blend_square", half_detached_average, "beta2"),
+    ],
+)
 def test_a_half_detached_optimizer_is_found_out(
-    target: str, mutant: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+    target: str, mutant: Callable[..., Tensor], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    function = meta_loss(CASES["adam"], "beta2", lambda number: number)
+    function = meta_loss(CASES["adam"], name, lambda number: number)
     at = torch.tensor(0.8, dtype=torch.float64)
     expected = central(function, at)
     torch.testing.assert_close(derivative(function, at), expected, **TIGHT)

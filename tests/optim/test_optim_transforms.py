@@ -144,6 +144,28 @@ def test_a_scheduled_step_compiles_once(name: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda number: optim.sgd(number, momentum=number, dampening=number, weight_decay=number),
+        lambda number: optim.adam(number, betas=(number, 0.9), eps=number),
+        lambda number: optim.chain(optim.clip_by_value(number), optim.scale(number)),
+    ],
+)
+def test_numbers_that_change_are_traced(build: Callable[[float], Any]) -> None:
+    torch.compiler.reset()
+    params = start()
+    grads = fixed_gradients(params, 0)
+
+    def run(number: float) -> Any:
+        transform = build(number)
+        return transform.update(grads, transform.init(params), params)[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for number in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(compiled(number), run(number), **CLOSE)
+
+
 class Point(NamedTuple):
     left: Any
     right: Any

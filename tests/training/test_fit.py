@@ -14,7 +14,7 @@ from training_cases import KINDS, Case, Point, adam, few_shot, quadratic, square
 
 import funcmeta as fm
 from funcmeta.algorithms import Algorithm, l2l, maml
-from funcmeta.training import Alarm, Folder, Mean, Record, Validation, evaluate, fit, load
+from funcmeta.training import Alarm, Evaluation, Folder, Mean, Record, Validation, evaluate, fit, load
 
 TASKS = fm.tasks.sinusoids()
 
@@ -234,6 +234,16 @@ def test_without_a_score_the_loss_is_judged() -> None:
     scores = evaluate(down(), torch.tensor(0.0), TASKS, number=50, score=lambda predict, task: task.support[0].mean())
     assert len(set(scores.scores.tolist())) == 50
     assert scores.mean.margin == pytest.approx(1.96 * scores.scores.std().item() / math.sqrt(50))
+
+
+def test_tasks_that_got_worse_are_counted() -> None:
+    before, after = (
+        Evaluation(torch.tensor(scores, dtype=torch.float64), Mean(0.0, 0.0))
+        for scores in ([1.0, 2.0, 3.0, 4.0, math.nan, math.nan], [0.5, 2.5, 3.5, math.nan, 1.0, math.nan])
+    )
+    assert after.worse(before, higher_is_better=False) == 3
+    assert after.worse(before, higher_is_better=True) == 2
+    assert after.quartiles == (1.0, 2.5, 3.5)
 
 
 # --- trouble

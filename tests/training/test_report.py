@@ -18,7 +18,7 @@ import torch
 from training_cases import adam, few_shot
 
 import funcmeta as fm
-from funcmeta.training import Folder, Mean, Record, _curves, fit, report
+from funcmeta.training import Evaluation, Folder, Mean, Record, _curves, fit, report
 from funcmeta.training._folder import _line
 
 HOSTILE = "<script>alert('x')</script>"
@@ -53,16 +53,14 @@ def evaluation(number: int = 50, **others: Any) -> dict[str, Any]:
         "margin": 0.0125,
         "at_first": {"value": 0.25, "margin": 0.05},
         "difference": {"value": 0.5, "margin": 0.0625},
-        "quartiles": [0.5, 0.75, 0.875],
-        "quartiles_at_first": [0.125, 0.25, 0.375],
-        "worse": 3,
         "scores": [((7 * index) % number) / number for index in range(number)],
+        "scores_at_first": [0.25] * number,
         "seed": 0,
         "number": number,
     } | others
 
 
-SHOWN = tuple(key for key in evaluation() if key not in ("seed", "number"))
+SHOWN = tuple(key for key in evaluation() if key not in ("seed", "number", "scores_at_first"))
 """Of an evaluation, what the page shows."""
 
 
@@ -176,9 +174,9 @@ def test_the_tasks_are_sorted_and_the_middle_is_left_out(text: str) -> None:
     assert all(float(row[2]) == pytest.approx(scores[int(row[1])]) for row in table[1:11] + table[12:])
     assert [float(row[2]) for row in table[1:11]] == sorted(scores)[:10]
     assert ["difference, task by task", "+0.500 ± 0.062"] in rows(text)
-    assert ["learned, median", "0.75 (0.5 to 0.875)"] in rows(text)
-    assert ["at first, median", "0.25 (0.125 to 0.375)"] in rows(text)
-    assert "Worse than at first: 3 of 50 tasks." in text
+    assert ["learned, median", "0.48 (0.24 to 0.72)"] in rows(text)
+    assert ["at first, median", "0.25 (0.25 to 0.25)"] in rows(text)
+    assert "Worse than at first: 37 of 50." in text
 
 
 @pytest.mark.parametrize(
@@ -192,12 +190,47 @@ def test_the_result_is_marked_by_what_it_is(higher: bool, difference: float, kin
     assert f'<div class="tile {kind}"><span>query accuracy, test tasks</span>' in text
 
 
-def test_two_tasks_that_diverged_do_not_spoil_the_picture(tmp_path: Path) -> None:
-    (written(tmp_path) / "evaluation.json").write_text(json.dumps(evaluation(scores=[1.0, 2.0, 3.0, 4.0] * 9 + [1e4])))
+@pytest.mark.parametrize(
+    ("scores", "mean", "at_first", "told", "lines"),
+    [
+        (
+            [1.0, 2.0, 3.0, 4.0] * 9 + [1e4],
+            272.7,
+            4.0,
+            " 1 far out is in an outermost bar. The mean, 272.7, lies outside.",
+            1,
+        ),
+        ([1.0, 2.0, 3.0, 4.0] * 9, 2.5, 1e6, " The mean at first, 1e+06, lies outside.", 1),
+        (
+            [1.0] * 180 + [0.0] * 20 + [1e9, 2e9],
+            1e7,
+            0.5,
+            " 2 far out are in an outermost bar. The mean, 1e+07, lies outside.",
+            1,
+        ),
+        ([1.0, 2.0, 3.0, 4.0] * 9, 2.5, 9.0, "", 2),
+        ([1.0] * 30, 1.0, 1.0, "", 2),
+    ],
+)
+def test_what_lies_far_out_does_not_spoil_the_picture(
+    scores: list[float], mean: float, at_first: float, told: str, lines: int
+) -> None:
+    found = Evaluation(torch.tensor(scores, dtype=torch.float64), Mean(mean, 0.1))
+    panel, outside = _curves.histogram("a", "b", found, Mean(at_first, 0.1))
+    assert outside == told
+    left, right = panel.axes.get_xlim()
+    assert right - left < 100
+    drawn = [line.get_xdata()[0] for line in panel.axes.get_lines()]  # type: ignore[index]
+    assert len(drawn) == lines
+    assert all(left < each < right for each in drawn)
+
+
+def test_an_evaluation_of_before_there_were_quartiles_is_shown(tmp_path: Path) -> None:
+    older = {key: value for key, value in evaluation().items() if key != "scores_at_first"}
+    (written(tmp_path) / "evaluation.json").write_text(json.dumps(older))
     text = report(tmp_path).read_text(encoding="utf-8")
-    picture = ElementTree.tostring(pictures(text)["Scores of the tasks"], encoding="unicode")
-    assert "those far out are in the outermost bars" in picture
-    assert "10000" not in picture
+    assert ["at first, median", "?"] in rows(text)
+    assert "Worse than at first: ? of 50." in text
 
 
 def test_few_tasks_are_all_shown_and_those_without_a_score_last(tmp_path: Path) -> None:
@@ -392,6 +425,7 @@ def test_damaged_settings_are_an_error(content: str, tmp_path: Path) -> None:
         json.dumps({**evaluation(), "higher_is_better": "no"}),
         json.dumps({**evaluation(), "scores": ["good"]}),
         json.dumps({**evaluation(), "scores": 3}),
+        json.dumps({**evaluation(), "scores_at_first": [0.5]}),
         *(json.dumps({key: value for key, value in evaluation().items() if key != left}) for left in SHOWN),
     ],
 )
@@ -473,6 +507,7 @@ def test_what_is_too_large_to_be_drawn_is_drawn_at_the_edge() -> None:
 
 @pytest.mark.parametrize("scores", [[0.75] * 9, [1e16, 1e16 + 2, 1e16 + 4], [1.0, 1.0 + 2e-16], [0.0], [1e308] * 2])
 def test_scores_that_are_nearly_the_same_have_a_histogram(scores: list[float]) -> None:
-    panel = _curves.histogram("scores", "Scores", scores, Mean(scores[0], 0.0), None)
+    found = Evaluation(torch.tensor(scores, dtype=torch.float64), Mean(scores[0], 0.0))
+    panel, _ = _curves.histogram("scores", "Scores", found, found.mean)
     assert sum(bar.get_height() for bar in panel.axes.patches) == len(scores)
     panel.svg()
