@@ -69,7 +69,7 @@ def test_every_algorithm_trains_is_judged_and_goes_on(algorithm: str, tmp_path: 
     worse = sum(sign * new > sign * old for new, old in zip(found["scores"], found["scores_at_first"], strict=True))
     assert f"Worse than at first: {worse} of 3 tasks." in judged.output
     for scores in (found["scores"], found["scores_at_first"]):
-        assert f"median {sorted(scores)[1]:.4g}, quartiles {sorted(scores)[0]:.4g} and " in judged.output
+        assert f"median {sorted(scores)[1]:.4g} ({sorted(scores)[0]:.4g} to " in judged.output
     again = call("train", "--out", str(out), "--resume", "--steps", "6")
     assert again.exit_code == 0, again.output
     assert "Ended after step 6" in again.output

@@ -154,7 +154,7 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
 
 def _middle(found: Evaluation) -> str:
     low, median, high = found.quartiles
-    return f"median {median:.4g}, quartiles {low:.4g} and {high:.4g}"
+    return f"median {median:.4g} ({low:.4g} to {high:.4g})"
 
 
 def _validation(told: Settings, made: Recipe) -> Validation | None:

@@ -19,7 +19,7 @@ p { margin: 6px 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 22px; }
 .tile, figure, .card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; }
 .tile { padding: 11px 12px; display: flex; flex-direction: column; justify-content: space-between; }
-.tile b { font-size: 1.15rem; font-weight: 600; line-height: 1.4; overflow-wrap: anywhere; }
+.tile b { font-size: 1.05rem; font-weight: 600; line-height: 1.4; overflow-wrap: anywhere; }
 .tile span { color: var(--faint); font-size: .85rem; }
 .tile.bad b { color: var(--mark); }
 .tile.good b { color: var(--good); }
