@@ -12,6 +12,7 @@ from memory_cases import (
     Setting,
     close,
     gradient,
+    learned_optimizer,
     loss_of,
     mse,
     numbers,
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 import funcmeta as fm
 from funcmeta import optim
 from funcmeta._gradient import steering
+from funcmeta.memory._witness import Witness
 
 lengths = pytest.mark.parametrize("length", LENGTHS)
 
@@ -262,6 +264,23 @@ def test_a_generator_in_the_loss() -> None:
     loss = loss_of(case._replace(problem=problem), fm.Segments(3))
     with pytest.raises(fm.ReplayError, match="no iterators, no generators, no counters outside the state"):
         loss.backward()
+
+
+def test_repeated_steps_are_compared_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each comparison is a wait for the device."""
+    compared, compare = [], Witness.compare
+
+    def counting(self: Witness) -> None:
+        compared.append(len(self._again))
+        compare(self)
+
+    monkeypatch.setattr(Witness, "compare", counting)
+    case = learned_optimizer()
+    out = fm.unroll(*case, steps=900, memory=fm.Segments(300))
+    torch.autograd.grad(out.loss, wanted(case.meta))
+    assert sum(compared) == 600
+    assert max(compared) >= 256
+    assert len(compared) <= 8
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap"])
