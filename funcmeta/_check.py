@@ -1,7 +1,7 @@
 """What many functions ask of their arguments."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from os import fspath
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -35,6 +35,11 @@ def check_count(name: str, value: Any, *, least: int = 1, or_none: bool = False,
             f"{name} is at least 2**63, expected an integer that torch can count to. Pass a smaller one."
         )
     return value
+
+
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether it can be called and is no class, which would take the arguments for something else."""
+    return callable(value) and not isinstance(value, type)
 
 
 def check_flag(name: str, value: Any, *, or_none: bool = False) -> Any:

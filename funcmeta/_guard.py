@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import rng, tree
+from funcmeta._check import is_function
 from funcmeta._errors import ArgumentError, DetachedError, NonFiniteError, ReplayError, UnreachedLeafError
 from funcmeta._graph import Reached, check_declared, inside_functorch
 from funcmeta._typing import Batch, Meta, Tree
@@ -26,7 +27,7 @@ def check_arguments(
             f"inner_problem returns."
         )
     for name, part in zip(problem._fields, problem, strict=True):
-        if not callable(part) and (part is not None or name != "meta_loss"):
+        if not is_function(part) and (part is not None or name != "meta_loss"):
             raise ArgumentError(f"problem.{name} is {part!r}, expected a function. Pass one.")
     rng.check_seed(seed)
     if torch.is_inference_mode_enabled():

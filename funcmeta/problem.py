@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from funcmeta import rng, tree
-from funcmeta._check import check_flag
+from funcmeta._check import check_flag, is_function
 from funcmeta._errors import ArgumentError
 from funcmeta._gradient import value_and_grad
 from funcmeta._typing import Batch, Buffers, Meta, Params, Tree
@@ -173,7 +173,7 @@ def inner_problem(
         ("trajectory_loss", trajectory_loss, isinstance(trajectory_loss, bool)),
         ("adapt", adapt, adapt is None),
     ):
-        if not optional and not callable(value):
+        if not optional and not is_function(value):
             raise ArgumentError(f"{name} is {value!r}, expected a function. Pass one, or leave it out where it may be.")
     adapted = [name for name in own_params if adapt is None or adapt(name)]
     if not adapted:
@@ -185,9 +185,7 @@ def inner_problem(
         given: Params = meta["params"] if isinstance(meta, Mapping) and "params" in meta else own_params
         return given
 
-    if isinstance(optimizer, type | torch.optim.Optimizer) or not (
-        isinstance(optimizer, Transform) or callable(optimizer)
-    ):
+    if isinstance(optimizer, torch.optim.Optimizer) or not (isinstance(optimizer, Transform) or is_function(optimizer)):
         raise ArgumentError(f"optimizer is {optimizer!r}, {_TRANSFORM}")
 
     def transform(meta: Meta) -> Transform:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funcmeta import tree
-from funcmeta._check import check_count, check_flag
+from funcmeta._check import check_count, check_flag, is_function
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._gradient import value_and_grad
 from funcmeta._typing import Batch, Meta, Params
@@ -151,7 +151,7 @@ def build(
     if not isinstance(gates, Gates):
         raise ArgumentError(f"gates is {gates!r}, expected gates. Pass funcmeta.learned.gates(...).")
     start = getattr(module, "start", None)
-    if not callable(start):
+    if not is_function(start):
         raise ArgumentError(
             f"module is a {type(module).__name__} without start(), which returns the hidden state before the first "
             f"word. Pass a LanguageModel, or define it."

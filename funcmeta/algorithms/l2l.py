@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funcmeta import rng, tree
-from funcmeta._check import check_choice, check_count, check_flag
+from funcmeta._check import check_choice, check_count, check_flag, is_function
 from funcmeta._errors import ArgumentError, NonFiniteError, NonFiniteWarning, StructureError
 from funcmeta._typing import Meta, Params
 from funcmeta.algorithms._algorithm import Adapt, EstimatedLoss, MetaLoss
@@ -166,7 +166,7 @@ def build(
         raise ArgumentError(
             f"optimizer is a {type(optimizer).__name__}, expected a LearnedOptimizer. Pass funcmeta.learned.lstm()."
         )
-    if start is not None and not callable(start):
+    if start is not None and not is_function(start):
         raise ArgumentError(f"start is {start!r}, expected a function from a seed to parameters. Pass one, or None.")
     if not isinstance(teacher, Transform | None):
         raise ArgumentError(f"teacher is {teacher!r}, expected a Transform or None. Pass e.g. funcmeta.optim.adam().")
@@ -298,7 +298,7 @@ def _length(steps: Steps) -> Callable[[int], int]:
         if low > high:
             raise ArgumentError(f"steps is {steps!r}, expected bounds (low, high). Exchange them.")
         return lambda seed: _drawn(low, high, seed)
-    if callable(steps) and not isinstance(steps, type):
+    if is_function(steps):
         return lambda seed: int(check_count("steps(seed)", steps(seed), advice="Return a positive integer."))
     fixed: int = check_count("steps", steps, advice="Pass e.g. steps=100, bounds, or a function of the seed.")
     return lambda seed: fixed

@@ -125,8 +125,8 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
     console.print(f"[bold]{made.title}[/bold], {count} tasks of the {part} part", highlight=False)
     difference = Mean.of(found.scores - before.scores)
     lines = [
-        ("learned", f"{found.mean}, {_middle(found)}"),
-        ("at first", f"{before.mean}, {_middle(before)}"),
+        ("learned", f"{found.mean}, {_middle(found, made)}"),
+        ("at first", f"{before.mean}, {_middle(before, made)}"),
         ("difference", f"{difference:+}"),
     ]
     for name, line in lines:
@@ -152,8 +152,8 @@ def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
     console.print(f"Wrote {folder / RESULT} and {page}.", highlight=False, soft_wrap=True)
 
 
-def _middle(found: Evaluation) -> str:
-    low, median, high = found.quartiles
+def _middle(found: Evaluation, made: Recipe) -> str:
+    low, median, high = found.quartiles(higher_is_better=made.higher_is_better)
     return f"median {median:.4g} ({low:.4g} to {high:.4g})"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from funcmeta import rng
 from funcmeta._batching import count, take
-from funcmeta._check import check_choice, check_count
+from funcmeta._check import check_choice, check_count, is_function
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Params
 from funcmeta.algorithms._start import carry_of, fresh_start
@@ -150,7 +150,7 @@ def evaluate_optimizers(
         for entrant, optimizer in entrants.items():
             rate = None
             known = isinstance(optimizer, LearnedOptimizer | Transform)
-            if not known and (not callable(optimizer) or isinstance(optimizer, type)):
+            if not known and not is_function(optimizer):
                 raise ArgumentError(
                     f"optimizers['{entrant}'] is {optimizer!r}, expected a LearnedOptimizer, a Transform, or a "
                     f"function from a learning rate to one. Pass e.g. funcmeta.optim.adam."

@@ -38,6 +38,6 @@ class EvaluationRow(NamedTuple):
 
 def quartiles(losses: Tensor) -> list[Tensor]:
     """The lower quartile, the median and the upper quartile over tasks, each the lower of two losses, [steps + 1]."""
-    ordered = losses.double().nan_to_num(nan=math.inf, posinf=math.inf).sort(dim=-1).values
+    ordered = losses.double().nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).sort(dim=-1).values
     last = losses.shape[-1] - 1
     return [ordered[..., int(part * last)] for part in (0.25, 0.5, 0.75)]

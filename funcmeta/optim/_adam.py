@@ -52,8 +52,8 @@ def adam(
         The transform; its state holds `step`, `exp_avg`, `exp_avg_sq`, and `max_exp_avg_sq` with `amsgrad`.
 
     Raises:
-        ArgumentError: a hyper-parameter is none, or a number out of its range, not finite, or more than the dtype
-            holds; or a flag is neither True nor False.
+        ArgumentError: a hyper-parameter is none, or a number out of its range or not finite; or a flag is neither True
+            nor False.
         StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
             gradients or state do not fit each other.
 
@@ -123,8 +123,8 @@ def adamw(
         The transform, with the state of `adam`.
 
     Raises:
-        ArgumentError: a hyper-parameter is none, or a number out of its range, not finite, or more than the dtype
-            holds; or a flag is neither True nor False.
+        ArgumentError: a hyper-parameter is none, or a number out of its range or not finite; or a flag is neither True
+            nor False.
         StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
             gradients or state do not fit each other.
 
@@ -171,8 +171,8 @@ def amsgrad(
         The transform; its state is that of `adam` with `max_exp_avg_sq`.
 
     Raises:
-        ArgumentError: a hyper-parameter is none, or a number out of its range, not finite, or more than the dtype
-            holds; or a flag is neither True nor False.
+        ArgumentError: a hyper-parameter is none, or a number out of its range or not finite; or a flag is neither True
+            nor False.
         StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
             gradients or state do not fit each other.
 

@@ -45,8 +45,8 @@ def adamax(
         The transform; its state holds `step`, `exp_avg`, `exp_inf`.
 
     Raises:
-        ArgumentError: a hyper-parameter is none, or a number out of its range, not finite, or more than the dtype
-            holds; or a flag is neither True nor False.
+        ArgumentError: a hyper-parameter is none, or a number out of its range or not finite; or a flag is neither True
+            nor False.
         StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
             gradients or state do not fit each other.
 

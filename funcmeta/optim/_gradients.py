@@ -78,7 +78,7 @@ def clip_by_norm(max_norm: Hyper) -> Transform:
     """
 
     def rule(values: Values, param: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        return (grad * _shrinkage((grad * grad).sum(), values["max_norm"]),)
+        return (grad * _shrinkage(_wide(grad).square().sum(), values["max_norm"]),)
 
     return per_tensor(Hypers(max_norm=max_norm), rule, counted=False)
 
@@ -123,7 +123,8 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
                 f"the gradients are on {', '.join(sorted(map(str, devices)))}, but their common norm is computed on "
                 "one device. Use clip_by_norm, or move the parameters to one device."
             )
-        square, most = tree.dot(grads, grads), hypers.single("max_norm", state.step)
+        wide = tree.map(_wide, grads)
+        square, most = tree.dot(wide, wide), hypers.single("max_norm", state.step)
         for leaf in tree.leaves(params)[:1]:
             check_reachable("max_norm", most, leaf)
         factor = _shrinkage(square, most)
@@ -197,9 +198,13 @@ def add_weight_decay(weight_decay: Hyper) -> Transform:
 
 
 def _shrinkage(square: Tensor, max_norm: Value) -> Tensor:
-    """min(1, max_norm / norm) for a squared norm; 1, with derivative 0, at norm 0."""
-    if not isinstance(max_norm, Tensor) and max_norm == math.inf:
-        return torch.ones_like(square)  # of a square that overflowed too
-    zero = square == 0
-    norm = square.masked_fill(zero, 1.0).sqrt()
-    return (torch.minimum(norm, double(max_norm)) / norm).masked_fill(zero, 1.0)
+    """min(1, max_norm / norm) for a squared norm; 1, with derivative 0, at norm 0 and where max_norm is infinite."""
+    limit = double(max_norm)
+    free = (square == 0) | (limit == math.inf)
+    norm = square.masked_fill(free, 1.0).sqrt()
+    return (torch.minimum(norm, limit) / norm).masked_fill(free, 1.0)
+
+
+def _wide(grad: Tensor) -> Tensor:
+    """The gradient in a precision in which its square is not infinite."""
+    return grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad

@@ -52,18 +52,6 @@ class Hypers:
         hyper = self.fixed.get(name, 0)
         return isinstance(hyper, Tensor) or hyper != 0
 
-    def check_held(self, leaves: Sequence[Tensor]) -> None:
-        """Raise where a number is more than the dtype of a parameter holds: ∞ in it, which times 0 is NaN."""
-        for name, number in self.fixed.items():
-            if isinstance(number, Tensor) or _RANGES.get(name) is _BOUND:
-                continue
-            for dtype in {leaf.dtype for leaf in leaves}:
-                if abs(number) > torch.finfo(dtype).max:
-                    raise ArgumentError(
-                        f"{name} is {number!r}, more than {torch.finfo(dtype).max:g}, the most that a parameter of "
-                        f"{dtype} holds. Pass a smaller one."
-                    )
-
     def single(self, name: str, step: Any) -> Value:
         """The value that all parameters share at this step; an error where it differs within them."""
         hyper = {**self.fixed, **self.rest}[name]
@@ -135,7 +123,10 @@ def blend(old: Tensor, new: Tensor, keep: Value) -> Tensor:
 
 def blend_square(old: Tensor, grad: Tensor, keep: Value) -> Tensor:
     """The running average keep · old + (1 - keep) · grad², in which ∞ stays ∞ where lerp makes NaN of it."""
-    if isinstance(keep, Tensor) or old.dtype != grad.dtype:
+    if old.dtype != grad.dtype:
+        wide = torch.promote_types(old.dtype, grad.dtype)
+        old, grad = old.to(wide), grad.to(wide)
+    if isinstance(keep, Tensor):
         blended: Tensor = keep * old + (1 - keep) * grad * grad
         return blended
     return old.mul(keep).addcmul(grad, grad, value=1 - keep)

@@ -22,6 +22,10 @@ Rule = Callable[..., tuple[Any, ...]]
 """(values, parameter, gradient, *slots) -> (update, *new slots); the update is a tensor or ``Scaled``."""
 
 
+_HALF = 65504
+"""The largest number of half precision."""
+
+
 class Scaled(NamedTuple):
     """The update factor · direction, which need not be computed apart from the parameter that it is added to."""
 
@@ -34,6 +38,8 @@ class Scaled(NamedTuple):
     def added_to(self, param: Tensor) -> Tensor:
         if isinstance(self.factor, Tensor):
             return torch.addcmul(param, self.direction, self.factor)
+        if abs(self.factor) > _HALF:  # torch.add refuses a factor that the dtype does not hold
+            return param + self.alone()
         return torch.add(param, self.direction, alpha=self.factor)
 
 
@@ -87,7 +93,6 @@ def per_tensor(
         check_floating_leaves(params, name="params")
         flat = tree.is_flat(params)
         leaves = tree.leaves(params)
-        hypers.check_held(leaves)
         step = step_zero(leaves) if counted else ()
         rows = list(zip(leaves, values_of(step, params, leaves), strict=True))
         return state(
@@ -169,7 +174,7 @@ def check_floating_leaves(params: Tree, *, name: str) -> None:
 
 def check_state(state: Any, kind: type[Any], *, counted: bool) -> None:
     """Raise unless the state is one of this transform, with a count of the steps where it keeps one."""
-    if not isinstance(state, kind) or (counted and not isinstance(state.step, Tensor | int)):
+    if not isinstance(state, kind) or (counted and not isinstance(state.step, Tensor)):
         without = f" with {state.step!r} for the count of its steps" if isinstance(state, kind) else ""
         raise StructureError(
             f"state is a {type(state).__name__}{without}, expected the {kind.__name__} of this transform. Pass what "

@@ -49,7 +49,7 @@ def sgd(
 
     Raises:
         ArgumentError: Nesterov's variant without momentum or with dampening; a hyper-parameter is none, or a number out
-            of its range, not finite, or more than the dtype holds; or a flag is neither True nor False.
+            of its range or not finite; or a flag is neither True nor False.
         StructureError: a tensor among them is not dense and floating-point, or does not fit the parameters; params,
             gradients or state do not fit each other.
 

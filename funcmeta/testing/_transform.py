@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcmeta import rng, tree
 from funcmeta._batching import over_tasks, stack, take
-from funcmeta._check import check_count
+from funcmeta._check import check_count, is_function
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._typing import Tree
 from funcmeta.optim import Transform, apply_updates
@@ -277,13 +277,12 @@ def _builder(transform: Any, hypers: Tree) -> Callable[[Tree], Transform]:
         if tree.leaves(hypers):
             raise ArgumentError("hypers came with a finished Transform. Pass the function from them to a Transform.")
         return lambda _: transform
-    function = callable(transform) and not isinstance(transform, type)
-    if not function or not isinstance(transform(hypers), Transform):
+    if not is_function(transform) or not isinstance(transform(hypers), Transform):
         raise ArgumentError(
             f"transform is {transform!r}, expected a Transform, or a function that makes one of hypers. Pass what "
             f"sgd(...) returns, or e.g. lambda hypers: sgd(hypers['lr'])."
         )
-    return transform  # type: ignore[no-any-return]
+    return transform
 
 
 def _check_arguments(params: Tree, hypers: Tree, steps: Any) -> None:

@@ -104,12 +104,14 @@ def histogram(name: str, label: str, found: Evaluation, before: Mean) -> tuple[P
     if len(known) == 0:
         return panel, ""
     low, high = _near(known)
+    lost = len(found.scores) - len(known)
     inside = known.clip(low, high)
     ends = _apart(inside.min(), inside.max())
     bins = int(np.clip(len(known) ** 0.5 * 1.5, 5, 40))
     panel.axes.hist(inside, bins=bins, range=ends, color=_COLORS["noise"], edgecolor=_COLORS["line"], linewidth=0.8)
     far = int((inside != known).sum())
     outside = f" {far} far out {'is' if far == 1 else 'are'} in an outermost bar." if far else ""
+    outside += f" {lost} not finite, not shown." if lost else ""
     left, right = ends
     room = 3 * (right - left)  # for a line beside the bars
     for what, value, style in (("The mean", found.mean.value, "-"), ("The mean at first", before.value, "--")):
@@ -145,12 +147,11 @@ def _drawable(values: Sequence[float | None]) -> Array:
 
 
 def _near(known: Array) -> tuple[float, float]:
-    """Where nearly all values lie: five times the range of the quartiles, or of the middle nine tenths, beyond it."""
-    for part in (0.25, 0.05):
-        low, high = np.quantile(known, (part, 1 - part))
-        if high > low:
-            return float(low - 5 * (high - low)), float(high + 5 * (high - low))
-    return float(known.min()), float(known.max())
+    """How far bars reach: five times the range of the quartiles beyond it, or ten times the median where that is 0."""
+    low, median, high = np.quantile(known, (0.25, 0.5, 0.75))
+    size = max(abs(low), abs(high))
+    room = 5 * (high - low) if high - low > 1e-9 * size else 10 * max(1.0, abs(median))
+    return float(low - room), float(high + room)
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import rng
-from funcmeta._check import check_count
+from funcmeta._check import check_count, is_function
 from funcmeta._errors import ArgumentError, NonFiniteError
 from funcmeta._typing import Meta
 from funcmeta.evaluation._rows import quartiles
@@ -52,7 +52,7 @@ class Evaluation(NamedTuple):
         mean: their ``Mean``.
 
     Examples:
-        >>> Evaluation(torch.tensor([1.0, 2.0, 3.0, 4.0, 90.0]), Mean(20.0, 34.3)).quartiles
+        >>> Evaluation(torch.tensor([1.0, 2.0, 3.0, 4.0, 90.0]), Mean(20.0, 34.3)).quartiles()
         (2.0, 3.0, 4.0)
 
     Source: this library.
@@ -61,19 +61,20 @@ class Evaluation(NamedTuple):
     scores: Tensor
     mean: Mean
 
-    @property
-    def quartiles(self) -> tuple[float, float, float]:
-        """The lower quartile, the median and the upper quartile, each the lower of two scores; NaN counts as infinite.
+    def quartiles(self, *, higher_is_better: bool = False) -> tuple[float, float, float]:
+        """The lower quartile, the median and the upper quartile, each the better of two scores; NaN is the worst.
 
-        A task whose training diverged moves the mean as far as it likes, and these hardly.
+        A task that is far worse than all others moves the mean as far as it likes, and these hardly.
         """
-        low, median, high = (each.item() for each in quartiles(self.scores))
+        sign = -1 if higher_is_better else 1
+        low, median, high = (sign * each.item() for each in quartiles(sign * self.scores)[::sign])
         return low, median, high
 
-    def worse(self, before: "Evaluation", *, higher_is_better: bool) -> int:
+    def worse(self, before: "Evaluation", *, higher_is_better: bool = False) -> int:
         """Of how many tasks the score is worse than in an earlier evaluation of the same ones; NaN is the worst."""
-        losses, earlier = (-each.scores if higher_is_better else each.scores for each in (self, before))
-        return int((losses.nan_to_num(nan=math.inf) > earlier.nan_to_num(nan=math.inf)).sum())
+        sign = -1 if higher_is_better else 1
+        losses, earlier = (torch.where(each.isnan(), math.inf, sign * each) for each in (self.scores, before.scores))
+        return int((losses > earlier).sum())
 
 
 class Validation(NamedTuple):
@@ -127,6 +128,7 @@ def evaluate(
 
     Raises:
         ArgumentError: ``number`` is below 2, the algorithm is none, or a language model is given a ``score``.
+        NonFiniteError: the training on a task is not finite; the message names the step.
 
     Examples:
         >>> def loss(meta, predict, batch):
@@ -145,7 +147,7 @@ def evaluate(
 
 def check_score(name: str, score: Any) -> None:
     """Raise unless this is a function or None."""
-    if score is not None and (not callable(score) or isinstance(score, type)):
+    if score is not None and not is_function(score):
         raise ArgumentError(f"{name} is {score!r}, expected a function (predict, task) → number, or None. Pass one.")
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from funcmeta import rng, tree
-from funcmeta._check import check_choice, check_count, check_flag, check_positive
+from funcmeta._check import check_choice, check_count, check_flag, check_positive, is_function
 from funcmeta._errors import ArgumentError, DivergenceError
 from funcmeta._typing import Meta
 from funcmeta.tasks import Sampler, Streams
@@ -248,9 +248,10 @@ _OPTIMIZER = (
 
 def _check_kinds(optimizer: Any, scheduler: Any, alarm: Any, validation: Any, folder: Any, watch: Any) -> None:
     """Raise unless each is of the kind that it has to be."""
+    maker = is_function(optimizer) or (isinstance(optimizer, type) and issubclass(optimizer, Optimizer))
     watches = isinstance(watch, list | tuple) and all(map(callable, watch))
     for name, value, good, wanted in (
-        ("optimizer", optimizer, callable(optimizer) and not isinstance(optimizer, type), _OPTIMIZER),
+        ("optimizer", optimizer, maker, _OPTIMIZER),
         (
             "scheduler",
             scheduler,

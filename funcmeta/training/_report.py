@@ -228,7 +228,8 @@ def _tasks(judged: _Judged, stale: bool) -> str:
             ("learned", f"{found.mean}"),
             ("at first", f"{before.mean}"),
             ("difference, task by task", f"{judged.difference:+}"),
-            *((f"{name}, median", _spread(each)) for name, each in (("learned", found), ("at first", before))),
+            ("learned, median", _spread(found, judged.higher_is_better)),
+            ("at first, median", _spread(before, judged.higher_is_better)),
         ],
     )
     picture, outside = _curves.histogram("scores", "Scores of the tasks", found, before.mean)
@@ -246,10 +247,10 @@ def _tasks(judged: _Judged, stale: bool) -> str:
     )
 
 
-def _spread(evaluation: Evaluation) -> str:
+def _spread(evaluation: Evaluation, higher_is_better: bool) -> str:
     if len(evaluation.scores) == 0:  # earlier versions did not write all of them
         return "?"
-    low, median, high = evaluation.quartiles
+    low, median, high = evaluation.quartiles(higher_is_better=higher_is_better)
     return f"{median:.4g} ({low:.4g} to {high:.4g})"
 
 

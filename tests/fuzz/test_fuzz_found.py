@@ -266,6 +266,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.ArgumentError,
         r"inputs\[0\] is float32\[1, 1\] on meta, a device where tensors have no data",
     ),
+    "a class in place of a loss": (
+        lambda: fm.inner_problem(NET, nn.Linear, optimizer=optim.sgd(0.1)),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "loss_fn is <class .*Linear.*>, expected a function",
+    ),
+    "a class in place of a step": (
+        lambda: unrolled(problem=PROBLEM._replace(step=object)),  # type: ignore[arg-type]
+        fm.ArgumentError,
+        "problem.step is <class 'object'>, expected a function",
+    ),
+    "a class that makes no optimizer": (lambda: fitted(optimizer=object), fm.ArgumentError, "optimizer is <class 'obj"),
     "a class in place of a transform": (
         lambda: fm.check_transform(nn.Linear, {"w": X}, hypers=3),  # type: ignore[arg-type]
         fm.ArgumentError,
@@ -706,10 +717,39 @@ def test_modes_are_flags_too() -> None:
         )
 
 
+@pytest.mark.parametrize("lr", [1e30, {"w": 1e30}, lambda step: 1e30], ids=["number", "tree", "schedule"])
+def test_a_rate_beyond_half_precision_is_infinite_in_it(lr: Any) -> None:
+    params, grads = {"w": torch.ones(2, dtype=torch.float16)}, {"w": torch.ones(2, dtype=torch.float16)}
+    transform = optim.sgd(lr)
+    state = transform.init(params)
+    moved, _ = optim.advance(transform, grads, state, params)
+    assert moved["w"].tolist() == [-float("inf")] * 2
+    updates, _ = transform.update(grads, state, params)
+    assert torch.equal(fm.apply_updates(params, updates)["w"], moved["w"])
+
+
 def test_a_clip_at_infinity_clips_nothing() -> None:
     huge = {"w": torch.tensor([1e30, 1.0])}
     for clip in (optim.clip_by_norm, optim.clip_by_global_norm, optim.clip_by_value):
-        assert torch.equal(updated(clip(float("inf")), huge)[0]["w"], huge["w"])
+        for limit in (float("inf"), torch.tensor(float("inf"))):
+            assert torch.equal(updated(clip(limit), huge)[0]["w"], huge["w"])
+
+
+def test_a_norm_that_half_precision_does_not_hold_squared() -> None:
+    grads = {"w": torch.tensor([300.0, 1.0], dtype=torch.float16)}
+    for clip in (optim.clip_by_norm, optim.clip_by_global_norm):
+        assert torch.equal(updated(clip(1e4), grads, grads)[0]["w"], grads["w"])
+        torch.testing.assert_close(updated(clip(3.0), grads, grads)[0]["w"], grads["w"] / 100, rtol=2e-3, atol=0)
+
+
+def test_squares_are_taken_in_the_wider_precision() -> None:
+    """1e-3² is 0 in half precision."""
+    params, grads = {"w": torch.ones(2)}, {"w": torch.full((2,), 1e-3, dtype=torch.float16)}
+    for make in (optim.adam, optim.rmsprop):
+        state = make().init(params)
+        got, _ = make().update(grads, state, params)
+        expected, _ = make().update({"w": grads["w"].float()}, state, params)
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize(

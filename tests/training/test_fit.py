@@ -243,7 +243,8 @@ def test_tasks_that_got_worse_are_counted() -> None:
     )
     assert after.worse(before, higher_is_better=False) == 3
     assert after.worse(before, higher_is_better=True) == 2
-    assert after.quartiles == (1.0, 2.5, 3.5)
+    assert after.quartiles() == (1.0, 2.5, 3.5)
+    assert after.quartiles(higher_is_better=True) == (0.5, 1.0, 2.5)
 
 
 # --- trouble

@@ -202,13 +202,15 @@ def test_the_result_is_marked_by_what_it_is(higher: bool, difference: float, kin
         ),
         ([1.0, 2.0, 3.0, 4.0] * 9, 2.5, 1e6, " The mean at first, 1e+06, lies outside.", 1),
         (
-            [1.0] * 180 + [0.0] * 20 + [1e9, 2e9],
+            [1.0] * 180 + [0.0] * 20 + [1e9, 2e9, math.inf],
             1e7,
             0.5,
-            " 2 far out are in an outermost bar. The mean, 1e+07, lies outside.",
+            " 2 far out are in an outermost bar. 1 not finite, not shown. The mean, 1e+07, lies outside.",
             1,
         ),
         ([1.0, 2.0, 3.0, 4.0] * 9, 2.5, 9.0, "", 2),
+        ([1.0] * 95 + [0.0] * 5, 0.95, 0.5, "", 2),
+        ([0.75 + 1e-15, 0.75] * 45 + [0.5] * 5 + [0.9] * 5, 0.75, 0.75, "", 2),
         ([1.0] * 30, 1.0, 1.0, "", 2),
     ],
 )
@@ -225,7 +227,7 @@ def test_what_lies_far_out_does_not_spoil_the_picture(
     assert all(left < each < right for each in drawn)
 
 
-def test_an_evaluation_of_before_there_were_quartiles_is_shown(tmp_path: Path) -> None:
+def test_an_evaluation_without_the_scores_at_first_is_shown(tmp_path: Path) -> None:
     older = {key: value for key, value in evaluation().items() if key != "scores_at_first"}
     (written(tmp_path) / "evaluation.json").write_text(json.dumps(older))
     text = report(tmp_path).read_text(encoding="utf-8")
