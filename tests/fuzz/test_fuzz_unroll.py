@@ -81,7 +81,7 @@ INEXACT: list[Any] = [fm.FirstOrder(), fm.Truncated(1), fm.Reptile(), fm.Evoluti
 def coarsest(dtype: torch.dtype, *trees: Any) -> float:
     """The tolerance of the coarsest dtype that takes part: a tensor with dimensions decides over one without."""
     dtypes = {dtype, *(leaf.dtype for each in trees for leaf in fm.tree.leaves(each) if isinstance(leaf, Tensor))}
-    return max(TOLERANCE.get(each, 0.0) for each in dtypes)
+    return max(TOLERANCE.get(each, TOLERANCE[torch.float32]) for each in dtypes)  # 0.1 · integers is in float32
 
 
 def is_exact(estimator: Any) -> bool:

@@ -266,6 +266,25 @@ def test_a_generator_in_the_loss() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize(("change", "same"), [(1e-10, True), (1e-6, False)])
+def test_a_repeated_step_may_differ_by_rounding(change: float, same: bool) -> None:
+    """Half of the digits are compared: kernels add in different orders."""
+    taken: list[int] = []
+    case = learned_optimizer()
+
+    def step(meta: Any, state: Any, batch: Any, seed: int) -> Any:
+        taken.append(1)
+        state, info = case.problem.step(meta, state, batch, seed)
+        return state, info._replace(loss=info.loss * (1 + change * (len(taken) > 20)))
+
+    out = fm.unroll(case.problem._replace(step=step), *case[1:], steps=20, memory=fm.Segments(5))
+    if same:
+        torch.autograd.grad(out.loss, wanted(case.meta))
+    else:
+        with pytest.raises(fm.ReplayError, match="was run again and gave the loss"):
+            torch.autograd.grad(out.loss, wanted(case.meta))
+
+
 def test_repeated_steps_are_compared_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each comparison is a wait for the device."""
     compared, compare = [], Witness.compare

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 FOUND = "tests/fuzz/test_fuzz_found.py"
 TESTS = {
     "optim": ("funcmeta/optim", ("tests/optim", "tests/testing/test_check_transform.py", FOUND)),
-    "memory": ("funcmeta/memory", ("tests/memory", FOUND)),
+    "memory": ("funcmeta/memory", ("tests/memory", "tests/test_guard.py", FOUND)),
     "estimators": ("funcmeta/estimators", ("tests/estimators", "tests/test_unroll.py", FOUND)),
     "problem": ("funcmeta/problem.py", ("tests/test_problem.py", "tests/test_unroll.py", "tests/test_guard.py", FOUND)),
 }
