@@ -200,6 +200,26 @@ def test_each_size_counts_as_often_as_it_is_alive(fields: tuple[str, ...], part:
     assert 0 <= found - times * size < size / 10
 
 
+def test_the_time_is_that_of_every_evaluation() -> None:
+    """A step with its graph and its derivative takes 5, one without 2: the first 6 of 9 run without, then all with."""
+    sizes = Sizes(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2.0, 5.0)
+    estimate = sizes.estimate(fm.plan(fm.Segments(3), 9), 0)
+    assert estimate.time_factor == pytest.approx((6 * 2 + 9 * 5) / (9 * 5))
+
+
+def test_only_steps_of_the_run_are_measured() -> None:
+    case, asked = setting(), []
+    first = fm.unroll(*case, steps=1)
+
+    def support(index: int) -> Any:
+        asked.append(index)
+        return case.task.support(index) if callable(case.task.support) else case.task.support
+
+    task = fm.Task(support, case.task.query)
+    fm.unroll(case.problem, case.meta, task, steps=2, carry=first.carry, memory=fm.budget(10**9))
+    assert set(asked) == {1, 2}
+
+
 def test_it_chooses_what_looking_at_every_policy_would() -> None:
     sizes = Sizes(10, 0, 100, 1, 1, 1000, 50, 50, 200, 300, 1.0, 2.0)
     steps, kinds = 40, set()
