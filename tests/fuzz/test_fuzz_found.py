@@ -126,6 +126,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
         fm.ArgumentError,
         "dampening is ",
     ),
+    "gradients of more than the parameters": (
+        lambda: updated(optim.sgd(0.1), {"w": torch.ones(2), "b": torch.ones(2)}),
+        fm.StructureError,
+        r"grads has other keys than expected: .*grads\['b'\]",
+    ),
     "a state without a count of steps": (
         lambda: updated(optim.sgd(0.1, momentum=0.9, dampening=0.5), {}, {}, optim.sgd(0.1).init({})),
         fm.StructureError,

@@ -139,6 +139,14 @@ def test_a_schedule_counts_from_zero() -> None:
     assert seen == [1.0, 0.5, 0.0]
 
 
+def test_the_ends_of_the_ranges_belong_to_them() -> None:
+    """With ρ = 1 nothing is forgotten, and with β = 0 everything; a rate of 0 stands still."""
+    params = {"w": torch.ones(2)}
+    for transform in (optim.adadelta(rho=1.0), optim.adadelta(rho=0.0), optim.adam(betas=(0, 0.0)), optim.sgd(0)):
+        updates, _ = transform.update({"w": torch.ones(2)}, transform.init(params), params)
+        assert bool(updates["w"].isfinite().all())
+
+
 WHERE_2 = {"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)}
 BAD: dict[str, tuple[Callable[[], Any], type[FuncmetaError], str]] = {
     "negative lr": (lambda: optim.sgd(-0.1), ArgumentError, "lr is -0.1, expected a number at least 0"),
