@@ -157,6 +157,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[FuncmetaError], str]] = {
     "dampening": (lambda: optim.sgd(0.1, dampening=float("nan")), ArgumentError, "dampening is nan, expected a number"),
     "number in a tree": (lambda: optim.sgd({"w": -1.0}), ArgumentError, "lr is -1.0, expected a number at least 0"),
     "one beta": (lambda: optim.adam(betas=0.9), ArgumentError, "betas is 0.9, expected a pair"),  # type: ignore[arg-type]
+    "one of two betas": (lambda: optim.adam(betas=(0.9,)), ArgumentError, r"betas is (0.9,), expected a pair"),  # type: ignore[arg-type]
     "three betas": (lambda: optim.lion(betas=(0, 0, 0)), ArgumentError, "Pass for example betas=(0.9, 0.999)"),  # type: ignore[arg-type]
     "text": (
         lambda: optim.sgd("fast"),
