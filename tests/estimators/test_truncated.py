@@ -236,3 +236,13 @@ def test_windows_in_windows() -> None:
 def test_estimators_compare_and_print() -> None:
     assert fm.Truncated(2) == fm.Truncated(2) != fm.Truncated(3)
     assert repr(fm.Truncated(2, fm.FirstOrder())) == "Truncated(length=2, estimator=FirstOrder())"
+
+
+@pytest.mark.parametrize("estimator", [fm.Truncated(2), fm.Reverse(), fm.ForwardMode()], ids=str)
+def test_without_any_meta_loss_it_says_so(estimator: Any) -> None:
+    def step(meta: Tensor, w: Tensor, batch: Any, seed: int) -> Any:
+        return w * meta, fm.StepInfo(w.detach())
+
+    problem = fm.Problem(lambda meta, task, seed: torch.ones(()).double(), step, None)
+    with pytest.raises(fm.ArgumentError, match="There is no meta-loss"):
+        fm.unroll(problem, leaf(0.5), fm.Task(torch.ones(1), None), steps=5, estimator=estimator)
