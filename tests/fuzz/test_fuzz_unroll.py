@@ -19,8 +19,8 @@ def inner_loss(params: Any, x: Tensor) -> Tensor:
     """A smooth loss of any tree of tensors, which has second derivatives."""
     leaves = fm.tree.leaves(params)
     parts = [(1.3 * leaf + leaf.sin() * (index + 1)).sum() for index, leaf in enumerate(leaves)]
-    total = sum(parts, torch.zeros((), dtype=x.dtype, device=x.device))
     x = x * 1  # torch subtracts no bool
+    total = sum(parts, torch.zeros((), dtype=x.dtype, device=x.device))
     return (1 + (total - x) ** 2).sqrt().mean()
 
 
