@@ -15,7 +15,7 @@ class Options:
     """What was asked for."""
 
     data: str
-    model: str | None
+    model: str
     estimators: str
     ways: int
     shots: int
@@ -46,6 +46,6 @@ def options(given: dict[str, Any]) -> Options:
         reader = model if name == "filters" else given["data"]
         if given[name] is not None and reader in ("sinusoids", "mlp"):
             raise ArgumentError(f"{name} is {given[name]}, which {reader} does not read. Leave --{name} out.")
-    defaults = {**_IMAGES, "lr": 0.01 if points else 0.1}
+    defaults = {**_IMAGES, "model": model, "lr": 0.01 if points else 0.1}
     known: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in given.items()}
     return Options(**known)

@@ -32,7 +32,7 @@ class Subject:
 
 
 def subject(
-    data: str, model: str | None, *, ways: int, shots: int, queries: int, size: int, filters: int, seed: int
+    data: str, model: str, *, ways: int, shots: int, queries: int, size: int, filters: int, seed: int
 ) -> Subject:
     """The subject that the options name.
 
@@ -41,7 +41,6 @@ def subject(
         DataError: the files of ``omniglot:PATH`` can not be read.
     """
     kind, _, path = data.partition(":")
-    model = model or ("mlp" if kind == "sinusoids" else "conv4")
     if kind not in ("glyphs", "omniglot", "sinusoids") or (kind == "omniglot") != bool(path):
         raise ArgumentError(f"data is '{data}', expected glyphs, omniglot:PATH or sinusoids. Pass one of them.")
     if model not in ("conv4", "mlp"):

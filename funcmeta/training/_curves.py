@@ -101,10 +101,10 @@ def histogram(name: str, label: str, found: Evaluation, before: Mean) -> tuple[P
     panel.axes.set_ylabel("tasks")
     known = _drawable(found.scores.tolist())
     known = known[np.isfinite(known)]
-    if len(known) == 0:
-        return panel, ""
-    low, high = _near(known)
     lost = len(found.scores) - len(known)
+    if len(known) == 0:
+        return panel, f" {lost} not finite, not shown."
+    low, high = _near(known)
     inside = known.clip(low, high)
     ends = _apart(inside.min(), inside.max())
     bins = int(np.clip(len(known) ** 0.5 * 1.5, 5, 40))

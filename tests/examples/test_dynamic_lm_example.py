@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from real_data import WIKITEXT, needs_wikitext
+from real_data import WIKITEXT, needs
 
 import funcmeta as fm
 from funcmeta.tasks import Article
@@ -117,7 +117,7 @@ def test_every_way_to_change_the_weights_gains_over_the_static_model(script: Mod
 
 
 @pytest.mark.slow
-@needs_wikitext
+@needs(WIKITEXT)
 def test_gain_grows_along_articles_of_wikitext(script: ModuleType, tmp_path: Path) -> None:
     rows = run(script, tmp_path, data="wikitext", path=WIKITEXT)["rows"]
     for name in MOVING:

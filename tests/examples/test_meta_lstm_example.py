@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import typer
-from real_data import OMNIGLOT, needs_omniglot
+from real_data import OMNIGLOT, needs
 
 SCRIPT = "meta_lstm.py"
 Load = Callable[[str], ModuleType]
@@ -37,7 +37,7 @@ def test_data_that_is_not_there_is_asked_for(example: Load) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["glyphs", pytest.param("omniglot", marks=needs_omniglot)])
+@pytest.mark.parametrize("data", ["glyphs", pytest.param("omniglot", marks=needs(OMNIGLOT))])
 def test_each_is_ahead_of_the_untrained_network(data: str, example: Load, tmp_path: Path) -> None:
     rows = run(example, tmp_path, data=data, path=OMNIGLOT, quick=True)
     untrained, margin = rows.pop("untrained, SGD")

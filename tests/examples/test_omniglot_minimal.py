@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from real_data import OMNIGLOT, needs_omniglot
+from real_data import OMNIGLOT, needs
 
 import funcmeta as fm
 
 SCRIPT = "published/omniglot_minimal.py"
 Load = Callable[[str], ModuleType]
+
+published = needs(OMNIGLOT / "all_runs.zip")
 
 
 def run(example: Load, out: Path, **options: Any) -> dict[str, dict[str, Any]]:
@@ -45,7 +47,7 @@ def test_each_step_of_reptile_sees_every_class_once(example: Load) -> None:
     assert torch.equal(given.support(4)[0], tasks.query[0][:, 60:])
 
 
-@needs_omniglot
+@published
 def test_a_short_training_is_ahead_of_chance(example: Load, tmp_path: Path) -> None:
     rows = run(example, tmp_path, quick=True)
     assert list(rows) == ["MAML", "first-order MAML", "Reptile", "Meta-SGD"]
@@ -53,7 +55,7 @@ def test_a_short_training_is_ahead_of_chance(example: Load, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@needs_omniglot
+@published
 def test_the_whole_run_is_ahead_of_the_published_baseline(example: Load, tmp_path: Path) -> None:
     rows = run(example, tmp_path)
     assert rows["MAML"]["error"] < 0.3875

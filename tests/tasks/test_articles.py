@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from real_data import WIKITEXT as REAL
-from real_data import needs_wikitext
+from real_data import needs
 
 from funcmeta import tasks
 from funcmeta._errors import ArgumentError, DataError, MissingExtraError
@@ -20,6 +20,8 @@ from funcmeta.tasks import Article, _wiki_markup, articles
 
 WIKITEXT = " \n = Ada = \n \n Ada was first . \n = = Life = = \n \n = Bob = \n \n He was <unk> . \n \n"
 PAGE = "<page><title>{title}</title><ns>{ns}</ns>{more}<revision><text>{text}</text></revision></page>"
+
+published = needs(REAL / "valid.txt")
 
 
 def page(title: str, text: str, ns: int = 0, more: str = "") -> str:
@@ -37,7 +39,7 @@ def wikitext(path: Path, text: str) -> Path:
     return path
 
 
-@needs_wikitext
+@published
 @pytest.mark.parametrize(("name", "words"), [("valid", 217_646), ("test", 245_569)])
 def test_wikitext_has_the_published_size(name: str, words: int) -> None:
     found = tasks.wikitext_articles(REAL / f"{name}.txt")
@@ -45,7 +47,7 @@ def test_wikitext_has_the_published_size(name: str, words: int) -> None:
     assert sum(len(article.words) for article in found) == words
 
 
-@needs_wikitext
+@published
 def test_wikitext_needs_the_blank_lines() -> None:
     """Two lines of the test file look like titles and stand inside of text."""
     titles = [article.title for article in tasks.wikitext_articles(REAL / "test.txt")]

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from real_data import OMNIGLOT, needs_omniglot
+from real_data import OMNIGLOT, needs
 from torch import Tensor
 
 import funcmeta.tasks as tasks
@@ -24,6 +24,8 @@ from funcmeta import rng
 from funcmeta._errors import ArgumentError, DataError, MissingExtraError
 from funcmeta.tasks._archive import LARGEST_FILE, MOST_MEMBERS
 from funcmeta.tasks._drawings import average_areas
+
+published = needs(OMNIGLOT / "images_background_small1.zip")
 
 
 def png(ink: np.ndarray, mode: str = "1") -> bytes:
@@ -423,7 +425,7 @@ def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
         tasks.omniglot(path, ways=1)
 
 
-@needs_omniglot
+@published
 def test_the_published_small_archives() -> None:
     counts = {}
     for split in ("train", "validation", "test"):
@@ -440,7 +442,7 @@ def test_the_published_small_archives() -> None:
     assert len(turned.classes) == 4 * 22
 
 
-@needs_omniglot
+@published
 @pytest.mark.parametrize(
     ("archive", "characters"),
     [
@@ -453,7 +455,7 @@ def test_a_published_archive_by_itself(archive: str, characters: dict[str, int])
     assert {split: len(tasks.omniglot(path, ways=1, split=split).classes) for split in characters} == characters
 
 
-@needs_omniglot
+@published
 def test_a_published_drawing_is_that_of_the_archive() -> None:
     task = tasks.omniglot(OMNIGLOT, ways=22, shots=20, queries=0, split="validation", size=105).sample(seed=0)
     label = task.spec.index(("Early_Aramaic", "character03"))
@@ -493,7 +495,7 @@ def modified_hausdorff_error(runs: list[tasks.Task]) -> float:
     return wrong / total
 
 
-@needs_omniglot
+@published
 def test_the_published_runs_are_recognized_in_part() -> None:
     """At a third of the size the baseline errs about as often as at the full one; by chance it would in 0.95."""
     runs = tasks.omniglot_runs(OMNIGLOT, size=35)
@@ -503,6 +505,6 @@ def test_the_published_runs_are_recognized_in_part() -> None:
 
 
 @pytest.mark.slow
-@needs_omniglot
+@published
 def test_the_published_baseline_error_of_the_runs_is_reproduced() -> None:
     assert modified_hausdorff_error(tasks.omniglot_runs(OMNIGLOT, size=105)) == 0.3875
