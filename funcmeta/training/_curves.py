@@ -112,16 +112,12 @@ def histogram(name: str, label: str, found: Evaluation, before: Mean) -> tuple[P
     far = int((inside != known).sum())
     outside = f" {far} far out {'is' if far == 1 else 'are'} in an outermost bar." if far else ""
     outside += f" {lost} not finite, not shown." if lost else ""
-    left, right = ends
-    room = 3 * (right - left)  # for a line beside the bars
+    room = 3 * (ends[1] - ends[0])  # for a line beside the bars
     for what, value, style in (("The mean", found.mean.value, "-"), ("The mean at first", before.value, "--")):
         if not ends[0] - room <= value <= ends[1] + room:
             outside += f" {what}, {value:.4g}, lies outside."
             continue
-        left, right = min(left, value), max(right, value)
         panel.axes.axvline(value, color=_COLORS["line" if style == "-" else "text"], linewidth=2, linestyle=style)
-    edge = 0.03 * (right - left)
-    panel.axes.set_xlim(left - edge, right + edge)
     return panel, outside
 
 
