@@ -77,12 +77,30 @@ def parameters(copy: Path, module: str) -> list[Ignored]:
     """Every public parameter and field of a package or module."""
     path = copy / module
     files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+    exported = _exported(copy)
     return [
         Ignored(str(file.relative_to(copy)), owner.name, name)
         for file in files
         for owner in _owners(ast.parse(file.read_text()))
+        if not file.stem.startswith("_") or (file, owner.name.partition(".")[0]) in exported or _is_command(owner.node)
         for name in owner.parameters
     ]
+
+
+def _exported(copy: Path) -> set[tuple[Path, str]]:
+    """The names that a package takes out of its private modules, with the file of each."""
+    return {
+        (copy.joinpath(*node.module.split(".")).with_suffix(".py"), alias.name)
+        for file in (copy / "funcmeta").rglob("__init__.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+
+
+def _is_command(node: ast.AST) -> bool:
+    """Whether the parameters are options of the command line."""
+    return isinstance(node, ast.FunctionDef) and "typer." in ast.unparse(node.args)
 
 
 def without(copy: Path, place: Ignored) -> str:
