@@ -185,3 +185,27 @@ def test_a_training_that_vmap_can_not_run_is_named_and_runs_in_a_loop() -> None:
     with pytest.raises(fm.GraphError, match=r"can not run as one batch: vmap: .* Pass strategy='loop'"):
         fm.evaluate_optimizers({"a": fm.optim.sgd(0.01)}, courses, **arguments)
     fm.evaluate_optimizers({"a": fm.optim.sgd(0.01)}, courses, strategy="loop", **arguments)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "loop"])
+def test_tasks_and_starts_follow_from_the_seed(strategy: str) -> None:
+    def first_losses(seed: int, course: fm.Course = COURSE) -> Tensor:
+        entrants = {"fixed": fm.optim.sgd(0.03)}
+        result = fm.evaluate_optimizers(entrants, {"c": course}, baselines={}, tasks=3, seed=seed, strategy=strategy)
+        assert result.seed == seed
+        return result.curves["c", "fixed"][0]
+
+    one_start = COURSE._replace(start=lambda seed: start(0))
+    assert torch.equal(first_losses(1), first_losses(1))
+    assert not torch.equal(first_losses(1), first_losses(2))
+    assert not torch.equal(first_losses(1, one_start), first_losses(2, one_start))  # the tasks alone
+
+
+def test_each_course_has_its_own_network_tasks_steps_and_starts() -> None:
+    other = fm.Course(Point(), quadratic, fm.tasks.quadratics(3), 7, lambda seed: {"theta": torch.full((3,), 100.0)})
+    result = fm.evaluate_optimizers(
+        {"fixed": fm.optim.sgd(0.001)}, {"near": COURSE, "far": other}, baselines={}, tasks=4
+    )
+    near, far = result.curves["near", "fixed"], result.curves["far", "fixed"]
+    assert (len(near), len(far)) == (21, 8)
+    assert float(far[0].min()) > 100 * float(near[0].max())

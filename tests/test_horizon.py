@@ -204,3 +204,18 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     plot: Callable[[Path], None] = report({"one": fm.Truncated(1)}).plot
     with pytest.raises(fm.MissingExtraError, match="Drawing needs matplotlib, which the extra demo brings"):
         plot(tmp_path / "picture.png")
+
+
+def test_the_task_is_the_one_that_was_given() -> None:
+    """w' = w + a·x: the exact gradient after K steps is K·x."""
+
+    def step(a: Tensor, w: Tensor, batch: Any, seed: int) -> Any:
+        return w + a * batch, fm.StepInfo(w)
+
+    problem = fm.Problem(lambda a, task, seed: torch.zeros(()), step, lambda a, w, query, seed: w)
+    for x in (2.0, 5.0):
+        task = fm.Task(torch.tensor(x), None)
+        (row,) = fm.horizon_report(
+            problem, torch.ones((), requires_grad=True), task, horizons=[3], estimators={"exact": fm.Reverse()}
+        ).rows
+        assert row.exact_norm == pytest.approx(3 * x)

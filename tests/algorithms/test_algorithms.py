@@ -215,3 +215,55 @@ def test_predictions_may_be_taken_in_eval_mode() -> None:
     assert all(torch.equal(noisy.params[name], calm.params[name]) for name in noisy.params)
     assert not torch.equal(noisy(x), noisy(x))
     assert torch.equal(calm(x), calm(x))
+
+
+# ---- each option makes its documented difference
+
+
+def counted(name: str, tasks: int = 1, **options: Any) -> int:
+    """How often the inner loss is evaluated in one meta-gradient, the first one aside."""
+    calls = [0]
+
+    def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+        calls[0] += 1
+        return mse(meta, predict, batch)
+
+    build = {"maml": maml.build, "meta_sgd": meta_sgd.build}.get(name)
+    if name == "anil":
+        algorithm = anil.build(net(4), loss, head="4.", steps=4, lr=0.05, **options)
+    elif name == "reptile":
+        algorithm = reptile.build(net(4), loss, steps=4, optimizer=optim.sgd(0.05), **options)
+    else:
+        assert build is not None
+        algorithm = build(net(4), loss, steps=4, lr=0.05, **options)
+    meta, batch = algorithm.init(), fm.tasks.sinusoids(shots=5).sample_batch(seed=0, tasks=tasks)
+    for _ in range(2):  # what is found out once about a problem does not count
+        calls[0] = 0
+        algorithm.loss(meta, batch).backward()
+    return calls[0]
+
+
+@pytest.mark.parametrize("name", ["maml", "anil", "meta_sgd"])
+def test_the_memory_policy_is_the_one_that_was_given(name: str) -> None:
+    assert counted(name, strategy="loop") == 4 + 1
+    assert counted(name, strategy="loop", memory=fm.Segments(1)) == 4 + 3 + 1
+
+
+@pytest.mark.parametrize("name", ["maml", "anil", "meta_sgd", "reptile"])
+def test_the_strategy_is_the_one_that_was_given(name: str) -> None:
+    assert counted(name, tasks=3, strategy="loop") == 3 * counted(name, tasks=3, strategy="vmap")
+
+
+@algorithms
+def test_the_mode_is_the_one_that_was_given(name: str) -> None:
+    """Dropout of nearly everything changes the training in train mode, and nothing in eval mode."""
+    plain, dropping = net(4), net(4)
+    dropping[4] = nn.Sequential(nn.Dropout(0.9), plain[4])  # the names of ANIL's head still begin with "4."
+    task = fm.tasks.sinusoids(shots=5).sample(seed=0)
+
+    def query_loss(module: nn.Module, **options: Any) -> float:
+        algorithm = BUILD[name](module, **options)
+        return float(mse(None, algorithm.adapt(algorithm.init(), task, evaluate=True), task.query))
+
+    assert query_loss(dropping, train=False) == pytest.approx(query_loss(plain), rel=1e-6)
+    assert query_loss(dropping, train=True) != pytest.approx(query_loss(plain), rel=1e-3)
