@@ -297,3 +297,19 @@ def test_inputs_that_do_not_fit() -> None:
         fm.inspect(With(lambda out: out.argmax(1)), X)
     with pytest.raises(fm.ArgumentError, match="has no parameter that requires grad"):
         fm.inspect(nn.ReLU(), X)
+
+
+def test_the_seed_decides_what_is_drawn() -> None:
+    """Every other seed draws a branch that is differentiated once only."""
+
+    def sometimes_once(z: Tensor) -> Tensor:
+        return Once.apply(z) if torch.rand(()) < 0.5 else z.square()  # type: ignore[no-untyped-call, no-any-return]
+
+    def draw(seed: int) -> float:
+        with fm.rng.forked(seed):
+            return torch.rand(()).item()
+
+    low = next(seed for seed in range(100) if draw(seed) < 0.5)
+    high = next(seed for seed in range(100) if draw(seed) >= 0.5)
+    found = {seed: fm.inspect(With(sometimes_once), X, seed=seed)["double backward"].status for seed in (low, high)}
+    assert found == {low: "fails", high: "works"}

@@ -285,3 +285,60 @@ def test_the_figures_print_as_a_table_with_the_worst_first() -> None:
     assert lines[0].startswith("meta-loss ")
     assert lines[1].strip() == str(check.worst)
     assert len(lines) == 1 + len(check.derivatives)
+
+
+# ---- each option makes its documented difference
+
+
+def test_seed_and_order_decide_the_differences() -> None:
+    problem, meta, task = case()
+
+    def expected(**options: Any) -> list[float]:
+        check = check_meta_grad(problem, meta, task, steps=2, tolerance=1e-3, **options)
+        return [each.expected for each in check.derivatives]
+
+    assert expected() == expected(seed=0, order=4)
+    assert expected(seed=1)[0] != pytest.approx(expected()[0], rel=1e-3)  # another direction
+    assert expected(order=2) != expected()
+    assert expected(order=2) == pytest.approx(expected(), rel=1e-3)  # the same one, less exactly
+
+
+def test_seed_decides_the_draws_of_the_training() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Linear(3, 1)).double()
+    problem = fm.inner_problem(net, mse, optimizer=lambda meta: optim.sgd(meta["lr"]), train=True)
+    meta, task = {"lr": torch.tensor(0.2, dtype=torch.float64, requires_grad=True)}, case()[2]
+    for seed in (0, 1):
+        check = check_meta_grad(problem, meta, task, steps=2, seed=seed)
+        assert check.loss == fm.unroll(problem, meta, task, steps=2, seed=seed).loss.item()
+
+
+def test_the_task_is_the_one_that_was_given() -> None:
+    problem, meta, task = case()
+    other = fm.Task(task.query, task.support)
+    losses = [check_meta_grad(problem, meta, each, steps=2).loss for each in (task, other)]
+    assert losses == [fm.unroll(problem, meta, each, steps=2).loss.item() for each in (task, other)]
+    assert losses[0] != losses[1]
+
+
+def test_the_strategy_is_the_one_that_was_given() -> None:
+    problem, meta, task = case(tasks=3)
+    calls = [0]
+
+    def step(*arguments: Any) -> Any:
+        calls[0] += 1
+        return problem.step(*arguments)
+
+    counts = []
+    for strategy in ("vmap", "loop"):
+        calls[0] = 0
+        check_meta_grad(problem._replace(step=step), meta, task, steps=2, strategy=strategy)  # type: ignore[arg-type]
+        counts.append(calls[0])
+    assert counts[1] > 2 * counts[0]
+
+
+@pytest.mark.filterwarnings("error::funcmeta.testing.VacuousCheckWarning")
+def test_a_vacuous_check_may_be_allowed() -> None:
+    problem, meta, task = case()
+    with pytest.raises(VacuousCheckWarning):
+        check_meta_grad(problem, meta, task, steps=0)
+    assert check_meta_grad(problem, meta, task, steps=0, allow_vacuous=True).vacuous
