@@ -90,7 +90,8 @@ def fit(
         scheduler: optimizer → a scheduler of torch, which takes a step after each outer step.
         clip: largest norm of the meta-gradient; a longer one is shortened to it.
         alarm: what to do about meta-gradients that are not finite or explode.
-        validation: held-out tasks to be judged on; the best meta is kept, and patience may end the training.
+        validation: held-out tasks to be judged on, drawn by a stream of their own from ``seed``; the best meta is kept,
+            and patience may end the training.
         folder: where to keep the run; None keeps nothing.
         watch: functions that are given every ``Record``.
         spread: what several processes share: the "tasks" of a batch, or the "particles" of an evolution strategy that
@@ -104,8 +105,9 @@ def fit(
     Raises:
         ArgumentError: a number is out of range, ``batch_size`` can not be shared among the processes, ``spread`` and
             the ``share`` of the estimator do not go together, nothing is learned, the optimizer lacks a leaf that
-            is learned or has other tensors, the sampler returns other than a stack of so many tasks, the folder has a
-            run that is not to be resumed, or the run was begun with other settings or has taken more steps.
+            is learned or has other tensors, ``validation`` cannot be judged on, a sampler returns other than a stack of
+            so many tasks, the folder has a run that is not to be resumed, or the run was begun with other settings or
+            has taken more steps.
         DetachedError: the loss depends on nothing that is learned.
         ReplayError: the sampler gives two different batches for one seed.
         DataError: a checkpoint can not be read, or needs a class that is not imported.
