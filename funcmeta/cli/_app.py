@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,7 +14,7 @@ from funcmeta._check import check_choice
 from funcmeta._errors import FuncmetaError
 from funcmeta.cli._options import options
 from funcmeta.cli._run import run
-from funcmeta.cli._settings import ALGORITHMS, Settings
+from funcmeta.cli._settings import ALGORITHMS, Settings, default
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -71,11 +71,18 @@ def compare(
     console.print(written, highlight=False, soft_wrap=True)
 
 
+def _setting(name: str, text: str) -> Any:
+    """The option of a setting, whose help says what is taken if it is left out."""
+    return typer.Option(help=f"{text} {default(name)}")
+
+
 @app.command()
 def train(
     algorithm: Annotated[str | None, typer.Argument(help=f"One of {', '.join(ALGORITHMS)}.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("run"),
-    config: Annotated[Path | None, typer.Option(help="A TOML file with settings; options come before it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A TOML file with settings; options come before it. Default: none.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, if any.")] = False,
     damaged: Annotated[
         str, typer.Option(help="If the newest checkpoint can not be read: raise, or take the previous one.")
@@ -83,57 +90,55 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write curves for TensorBoard, too.")] = False,
     tasks: Annotated[
         str | None,
-        typer.Option(
-            help="glyphs, omniglot:PATH or sinusoids; quadratics for l2l; pydoc, wikipedia[:DUMP] or wikitext:FOLDER "
-            "for dynamic_lm."
+        _setting(
+            "tasks",
+            "glyphs, omniglot:PATH or sinusoids; quadratics for l2l; pydoc, wikipedia[:DUMP] or wikitext:FOLDER for "
+            "dynamic_lm. The folder has valid.txt and test.txt, or wiki.valid.tokens and wiki.test.tokens, or "
+            "wiki.valid.raw and wiki.test.raw.",
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="conv4 or mlp.")] = None,
-    ways: Annotated[int | None, typer.Option(help="Classes a task. 5.")] = None,
-    shots: Annotated[int | None, typer.Option(help="Support examples a class. 1; 10 for sinusoids.")] = None,
-    queries: Annotated[int | None, typer.Option(help="Query examples a class. 5; 10 for sinusoids.")] = None,
-    size: Annotated[int | None, typer.Option(help="Pixels a side of an image. 16.")] = None,
-    filters: Annotated[int | None, typer.Option(help="Channels of each block of conv4. 32.")] = None,
-    inner_steps: Annotated[int | None, typer.Option(help="5; reptile 10, meta_lstm 8, l2l 100.")] = None,
-    inner_lr: Annotated[float | None, typer.Option(help="0.1; reptile 0.05, sinusoids 0.01.")] = None,
+    model: Annotated[str | None, _setting("model", "conv4 or mlp.")] = None,
+    ways: Annotated[int | None, _setting("ways", "Classes a task; not for sinusoids.")] = None,
+    shots: Annotated[int | None, _setting("shots", "Support examples a class.")] = None,
+    queries: Annotated[int | None, _setting("queries", "Query examples a class.")] = None,
+    size: Annotated[int | None, _setting("size", "Pixels a side of an image.")] = None,
+    filters: Annotated[int | None, _setting("filters", "Channels of each block of conv4.")] = None,
+    inner_steps: Annotated[int | None, _setting("inner_steps", "Steps of the inner training.")] = None,
+    inner_lr: Annotated[float | None, _setting("inner_lr", "Learning rate of the inner training (SGD).")] = None,
     estimator: Annotated[
-        str | None, typer.Option(help="second, first, mixed, truncated:STEPS, es:SIGMA:PAIRS or pes:SIGMA:PAIRS.")
+        str | None, _setting("estimator", "second, first, mixed, truncated:STEPS, es:SIGMA:PAIRS or pes:SIGMA:PAIRS.")
     ] = None,
-    memory: Annotated[str | None, typer.Option(help="store, segments[:LENGTH] or revolve:SNAPSHOTS.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="How the tasks of a batch are run: vmap or loop. vmap.")] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(help="l2l: linear, lstm, rnnprop, mlp or hierarchical. lstm.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="l2l, dynamic_lm, pes: steps of a window. 20.")] = None,
-    vocabulary: Annotated[int | None, typer.Option(help="dynamic_lm: words at most. 2000.")] = None,
-    width: Annotated[int | None, typer.Option(help="dynamic_lm: units of the language model. 64.")] = None,
-    segment: Annotated[int | None, typer.Option(help="dynamic_lm: words of a step. 20.")] = None,
-    static_epochs: Annotated[int | None, typer.Option(help="dynamic_lm: epochs of the static model. 6.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Outer steps in all. 1000.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Tasks a batch, over all processes. 4; l2l 32.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches whose mean gradient makes a step. 1.")] = None,
-    meta_lr: Annotated[
-        float | None, typer.Option(help="Outer learning rate (Adam). 0.001; reptile and dynamic_lm 0.01.")
-    ] = None,
-    schedule: Annotated[str | None, typer.Option(help="Outer learning rate: constant or cosine.")] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest norm of a meta-gradient; 0: any. 0; l2l 1.")] = None,
+    memory: Annotated[str | None, _setting("memory", "store, segments[:LENGTH] or revolve:SNAPSHOTS.")] = None,
+    strategy: Annotated[str | None, _setting("strategy", "How the tasks of a batch are run: vmap or loop.")] = None,
+    optimizer: Annotated[str | None, _setting("optimizer", "l2l: linear, lstm, rnnprop, mlp or hierarchical.")] = None,
+    window: Annotated[int | None, _setting("window", "l2l, dynamic_lm, pes: steps of a window.")] = None,
+    vocabulary: Annotated[int | None, _setting("vocabulary", "dynamic_lm: words at most.")] = None,
+    width: Annotated[int | None, _setting("width", "dynamic_lm: units of the language model.")] = None,
+    segment: Annotated[int | None, _setting("segment", "dynamic_lm: words of a step.")] = None,
+    static_epochs: Annotated[int | None, _setting("static_epochs", "dynamic_lm: epochs of the static model.")] = None,
+    steps: Annotated[int | None, _setting("steps", "Outer steps in all.")] = None,
+    batch_size: Annotated[int | None, _setting("batch_size", "Tasks a batch, over all processes.")] = None,
+    accumulate: Annotated[int | None, _setting("accumulate", "Batches whose mean gradient makes a step.")] = None,
+    meta_lr: Annotated[float | None, _setting("meta_lr", "Outer learning rate (Adam).")] = None,
+    schedule: Annotated[str | None, _setting("schedule", "Outer learning rate: constant or cosine.")] = None,
+    clip: Annotated[float | None, _setting("clip", "Largest norm of a meta-gradient; 0: any.")] = None,
     alarm: Annotated[
-        str | None, typer.Option(help="At a meta-gradient that is not finite or explodes: stop, skip or lower.")
+        str | None, _setting("alarm", "At a meta-gradient that is not finite or explodes: stop, skip or lower.")
     ] = None,
-    limit: Annotated[float | None, typer.Option(help="Norm above which one explodes; 0: any is good.")] = None,
-    validate_every: Annotated[int | None, typer.Option(help="Steps between validations; 0: none. 100.")] = None,
+    limit: Annotated[float | None, _setting("limit", "Norm above which one explodes; 0: any is good.")] = None,
+    validate_every: Annotated[int | None, _setting("validate_every", "Steps between validations; 0: none.")] = None,
     validation_tasks: Annotated[
-        int | None, typer.Option(help="Held-out tasks of a validation; dynamic_lm: at most all articles. 40.")
+        int | None, _setting("validation_tasks", "Held-out tasks of a validation; dynamic_lm: at most all articles.")
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="End after so many validations that are no best; 0: never.")
+        int | None, _setting("patience", "End after so many validations that are no best; 0: never.")
     ] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. 100.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Everything random follows from it. 0.")] = None,
+    checkpoint_every: Annotated[int | None, _setting("checkpoint_every", "Steps between checkpoints.")] = None,
+    seed: Annotated[int | None, _setting("seed", "Everything random follows from it.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float64, or bfloat16: autocast in the inner loss.")
+        str | None, _setting("dtype", "float32, float64, or bfloat16: autocast in the inner loss.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of PyTorch in each process. 1.")] = None,
+    threads: Annotated[int | None, _setting("threads", "Threads of PyTorch in each process.")] = None,
 ) -> None:
     """Meta-train, resumably: settings, checkpoints, a log and what was learned go into a folder. An option that the
     algorithm does not read is an error, which names those that it reads.
@@ -157,8 +162,13 @@ _SETTINGS = frozenset(each.name for each in fields(Settings))
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
     part: Annotated[str, typer.Option(help="Which tasks: train, validation or test.")] = "test",
-    number: Annotated[int, typer.Option(min=2, help="How many.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="The tasks follow from it.")] = 0,
+    number: Annotated[int, typer.Option(min=2, help="How many; dynamic_lm: at most all articles.")] = 200,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="The tasks follow from it; not read for dynamic_lm, which reads articles. Default: 0."
+        ),
+    ] = None,
 ) -> None:
     """Judge what a run learned on held-out tasks, beside what it began with. Writes evaluation.json and report.html."""
     from funcmeta.cli import _train

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from funcmeta import learned, rng, tree
-from funcmeta._errors import ArgumentError
+from funcmeta._errors import ArgumentError, DataError
 from funcmeta._typing import Meta
 from funcmeta.algorithms import anil, dynamic_lm, l2l, maml, meta_lstm, meta_sgd, reptile
 from funcmeta.cli._settings import Settings
-from funcmeta.cli._subject import Subject, subject
+from funcmeta.cli._subject import Apart, Subject, subject
 from funcmeta.estimators import (
     Estimator,
     EvolutionStrategies,
@@ -202,39 +202,22 @@ def _learned_optimizer(settings: Settings, ranks: Ranks) -> Recipe:
         memory=memory(settings),
         strategy=settings.strategy,  # type: ignore[arg-type]
     )
-    first = {"train": 0, "validation": 1, "test": 2}
     return Recipe(
         f"l2l, {settings.optimizer} on quadratics in {dimension} dimensions",
         algorithm,
-        lambda part: _Apart(quadratics(dimension, dtype=dtype), first[part]),
+        lambda part: Apart(quadratics(dimension, dtype=dtype), part),
         lambda predict, task: loss({}, predict, task.query),
         "loss at the end",
         spread=_spread(settings),
     )
 
 
-@dataclass(frozen=True)
-class _Apart:
-    """The tasks of a sampler whose seeds no other part has."""
-
-    sampler: Any
-    part: int
-
-    def sample(self, seed: int) -> Task:
-        return self.sampler.sample(rng.fold(seed, self.part))  # type: ignore[no-any-return]
-
-    def sample_batch(self, seed: int, tasks: int) -> Task:
-        return self.sampler.sample_batch(rng.fold(seed, self.part), tasks)  # type: ignore[no-any-return]
-
-
 def _language_model(settings: Settings, folder: Path, ranks: Ranks) -> Recipe:
     kind, _, path = settings.tasks.partition(":")
     if kind == "wikitext" and path:
-        known = wikitext_articles(Path(path) / "valid.txt")
-        parts = (
-            *split(known, validation=15, test=0, seed=settings.seed)[:2],
-            wikitext_articles(Path(path) / "test.txt"),
-        )
+        valid, test = _wikitext_files(Path(path))
+        known = wikitext_articles(valid)
+        parts = (*split(known, validation=len(known) // 4, test=0, seed=settings.seed)[:2], wikitext_articles(test))
     elif kind in ("pydoc", "wikipedia") and not (kind == "pydoc" and path):
         known = pydoc_articles() if kind == "pydoc" else wikipedia_articles(Path(path) if path else None)
         share = len(known) // 4
@@ -248,6 +231,12 @@ def _language_model(settings: Settings, folder: Path, ranks: Ranks) -> Recipe:
         raise ArgumentError("dtype is 'bfloat16', which does not go with dynamic_lm. Pass float32 or float64.")
     if settings.estimator.partition(":")[0] in ("es", "pes"):
         raise ArgumentError(f"estimator is '{settings.estimator}', which does not go with dynamic_lm. Pass first.")
+    if len(parts[1]) < 3 or len(parts[2]) < 2:
+        raise DataError(
+            f"tasks is '{settings.tasks}', which has {len(parts[1])} articles to train the gates on and to validate "
+            f"with, and {len(parts[2])} to be judged on, expected at least 3 and 2. Pass data with more articles: a "
+            f"quarter of those in a dump, or in the file valid, is for the gates."
+        )
     corpus = corpus_of(*parts, vocabulary=settings.vocabulary)
     net = _static(settings, corpus, folder, ranks).to(_dtype(settings))
     with rng.forked(rng.fold(settings.seed, 22)):
@@ -268,6 +257,20 @@ def _language_model(settings: Settings, folder: Path, ranks: Ranks) -> Recipe:
         None,
         "nats a word",
         most={part: len(each) for part, each in articles.items()},
+    )
+
+
+def _wikitext_files(folder: Path) -> tuple[Path, Path]:
+    """The files of a folder of WikiText that are read: for validation and for the test."""
+    forms = ("{}.txt", "wiki.{}.tokens", "wiki.{}.raw")
+    for form in forms:
+        valid, test = (folder / form.format(part) for part in ("valid", "test"))
+        if valid.is_file() and test.is_file():
+            return valid, test
+    listed = ", or ".join(f"{form.format('valid')} and {form.format('test')}" for form in forms)
+    raise DataError(
+        f"{folder} has no two files of WikiText, expected {listed}. Pass the folder of wikitext-2-v1 or "
+        f"wikitext-103-v1, as it is unpacked."
     )
 
 

@@ -98,6 +98,18 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 """Defaults of an algorithm that differ from those of the table."""
 
+_SINUSOIDS: dict[str, Any] = {"model": "mlp", "inner_lr": 0.01, "shots": 10, "queries": 10}
+"""Defaults for these tasks, whatever the algorithm."""
+
+
+def default(name: str) -> str:
+    """What a setting is if nobody says it, in words."""
+    usual = getattr(Settings, name)
+    others = [(algorithm, own[name]) for algorithm, own in _OWN.items() if name in own]
+    others += [("sinusoids", _SINUSOIDS[name])] if name in _SINUSOIDS else []
+    listed = [str(usual), *(f"{who} {value}" for who, value in others if value != usual)]
+    return f"Default: {', '.join(each.removesuffix('.0') for each in listed)}."
+
 
 def settings(given: dict[str, Any], kept: Path | None) -> Settings:
     """What is given before what the folder of a run has kept, and that before the defaults.
@@ -115,7 +127,7 @@ def settings(given: dict[str, Any], kept: Path | None) -> Settings:
         raise ArgumentError(f"algorithm is {algorithm!r}, expected one of {', '.join(ALGORITHMS)}. Name one.")
     own = dict(_OWN.get(algorithm, {}))
     if known.get("tasks") == "sinusoids":
-        own |= {"model": "mlp", "inner_lr": 0.01, "shots": 10, "queries": 10}
+        own |= _SINUSOIDS
     told = Settings(**{**own, **known})
     names = reads(told)
     for name, value in given.items():

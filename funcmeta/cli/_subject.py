@@ -13,9 +13,27 @@ from funcmeta import rng
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Meta
 from funcmeta.problem import Predict
-from funcmeta.tasks import Sampler, glyphs, omniglot, sinusoids
+from funcmeta.tasks import Sampler, Task, glyphs, omniglot, sinusoids
 
 Batch = tuple[Tensor, Tensor]
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The tasks of a sampler for one part: it folds the seeds, so that one seed gives each part other tasks."""
+
+    sampler: Sampler
+    part: str
+
+    def sample(self, seed: int) -> Task:
+        """The task of this seed."""
+        return self.sampler.sample(rng.fold(seed, PARTS.index(self.part)))
+
+    def sample_batch(self, seed: int, tasks: int) -> Task:
+        """The stack of this seed."""
+        return self.sampler.sample_batch(rng.fold(seed, PARTS.index(self.part)), tasks)
 
 
 @dataclass(frozen=True)
@@ -50,9 +68,14 @@ def subject(
             raise ArgumentError("model is 'conv4', which needs images, but sinusoids are points. Pass --model mlp.")
         with rng.forked(seed):
             net = mlp(1, 40, 1)
+
+        def curves(split: str, dtype: torch.dtype) -> Sampler:
+            known = sinusoids(shots, queries, dtype=dtype)
+            return known if split == "train" else Apart(known, split)  # runs that are resumed go on with their tasks
+
         return Subject(
             f"{shots}-shot sinusoids, mlp",
-            lambda split, dtype: sinusoids(shots, queries, dtype=dtype),
+            curves,
             net,
             _squared_error,
             F.mse_loss,

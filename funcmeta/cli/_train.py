@@ -105,11 +105,19 @@ def _check_folder(out: Path, resume: bool, steps: int) -> None:
         raise ArgumentError(f"steps is {steps}, but the run has taken {taken} already. Pass at least as many.")
 
 
-def judge(folder: Path, *, part: str, number: int, seed: int) -> None:
-    """Judge what a run learned on held-out tasks, beside what it began with; print and write it."""
+def judge(folder: Path, *, part: str, number: int, seed: int | None) -> None:
+    """Judge what a run learned on held-out tasks, beside what it began with; print and write it.
+
+    Raises:
+        ArgumentError: a seed is given that the algorithm does not read.
+        FuncmetaError: as ``settings``, ``recipe`` and ``evaluate``.
+    """
     if not (folder / CONFIG).exists():
         raise DataError(f"{folder} has no {CONFIG}. Pass the folder of a run of funcmeta train.")
     told = settings({}, folder / CONFIG)
+    if seed is not None and told.algorithm == "dynamic_lm":
+        raise ArgumentError(f"seed is {seed}, which dynamic_lm does not read: it is judged on articles. Leave it out.")
+    seed = seed or 0
     torch.set_num_threads(told.threads)
     made = recipe(told, folder, Ranks())
     algorithm, tasks = made.algorithm, made.tasks(part)

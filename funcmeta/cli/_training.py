@@ -12,7 +12,7 @@ from funcmeta import rng, tree
 from funcmeta._batching import count, over_tasks
 from funcmeta._typing import Params
 from funcmeta.algorithms import maml
-from funcmeta.cli._subject import Subject
+from funcmeta.cli._subject import PARTS, Subject
 from funcmeta.estimators import Estimator
 from funcmeta.model import functionalize
 from funcmeta.optim import sgd
@@ -90,7 +90,7 @@ class Plan:
     def scores(self, params: Params, split: str, tasks: int, steps: int) -> Tensor:
         """The score after adaptation on each of some tasks of a split: [tasks]."""
         sampler = self.subject.sampler(split, torch.float32)
-        number = ("train", "validation", "test").index(split)
+        number = PARTS.index(split)
         sizes = [min(CHUNK, tasks - first) for first in range(0, tasks, CHUNK)]
         chunks = [
             sampler.sample_batch(rng.fold(self.seed, 12, number, index), size) for index, size in enumerate(sizes)

@@ -12,7 +12,7 @@ from funcmeta._errors import ArgumentError, NonFiniteError
 from funcmeta._typing import Meta
 from funcmeta.evaluation._rows import quartiles
 from funcmeta.tasks import Sampler, Streams
-from funcmeta.training._objective import Objective, Score, objective
+from funcmeta.training._objective import Objective, Score, Stream, objective
 from funcmeta.training._ranks import Ranks
 
 
@@ -81,9 +81,11 @@ class Validation(NamedTuple):
     """Held-out tasks on which a training is judged on its way.
 
     Attributes:
-        tasks: a sampler of held-out tasks; the same ones each time.
+        tasks: what held-out tasks are drawn from, e.g. a sampler of other classes than those that are trained on; for
+            a language model streams, of which it reads each article by itself. The same tasks each time: number i is
+            ``tasks.sample_batch(rng.fold(seed, 1, i), 1)``, with the seed of ``fit``.
         every: outer steps between two validations; there is one before the first step and one after the last, too.
-        number: tasks that are judged on, at least 2.
+        number: tasks that are judged on, at least 2; for a language model at most as many as there are articles.
         score: (predict, task) → number, of the module after it was adapted to the task; None: the algorithm's loss.
         higher_is_better: whether a score is to be high; a loss is to be low.
         patience: end the training when so many validations in a row brought nothing better; None: never.
@@ -114,6 +116,9 @@ def evaluate(
 ) -> Evaluation:
     """Judge what was learned on held-out tasks, one after the other, without a graph.
 
+    Task number i is ``tasks.sample_batch(rng.fold(seed, 3, i), 1)``. No run of ``fit`` folds its seed with 3, so that
+    these tasks are neither trained on nor validated on, whatever the seeds of both, even where one sampler draws all.
+
     Args:
         algorithm: what ``algorithms.<name>.build`` returned.
         meta: what was learned.
@@ -121,13 +126,14 @@ def evaluate(
         number: how many tasks, at least 2; for a language model at most as many as there are articles.
         score: (predict, task) → number, of the module after ``algorithm.adapt``; None: the algorithm's loss, and for a
             language model the mean loss over an article's words.
-        seed: integer from which the tasks follow.
+        seed: integer from which the tasks follow; the articles of a language model are the first ones, whatever it is.
 
     Returns:
         The ``Evaluation``: the score of each task, and their mean with a 95 % interval.
 
     Raises:
-        ArgumentError: ``number`` is below 2, the algorithm is none, or a language model is given a ``score``.
+        ArgumentError: ``number`` is below 2, the algorithm or the sampler is none, or a language model is given a
+            ``score`` or fewer articles than ``number``.
         NonFiniteError: the training on a task is not finite; the message names the step.
 
     Examples:
@@ -142,7 +148,9 @@ def evaluate(
     """
     check_count("number", number, least=2, advice="Pass e.g. number=100.")
     check_score("score", score)
-    return judged(objective(algorithm, tasks), meta, number, score, seed, Ranks())
+    aim = objective(algorithm, tasks)
+    aim.check_judged(number, score)
+    return judged(aim, meta, number, score, seed, Ranks(), Stream.EVALUATION)
 
 
 def check_score(name: str, score: Any) -> None:
@@ -158,6 +166,7 @@ def judged(
     score: Score | None,
     seed: int,
     ranks: Ranks,
+    stream: Stream,
     *,
     forgiving: bool = False,
 ) -> Evaluation:
@@ -167,8 +176,10 @@ def judged(
     """
 
     def score_of(index: int) -> float:
+        own_seed = rng.fold(seed, stream, index)
         try:
-            return objective.judge(meta, index, rng.fold(seed, 1, index), score)
+            with rng.forked(rng.fold(own_seed, 1)):  # draws of a sampler or a score, too, are the same each time
+                return objective.judge(meta, index, own_seed, score)
         except NonFiniteError:
             if not forgiving:
                 raise

@@ -14,7 +14,7 @@ from funcmeta.training._carries import Spread
 from funcmeta.training._codec import encode
 from funcmeta.training._evaluation import Validation, check_score
 from funcmeta.training._folder import Folder, Record, Store
-from funcmeta.training._objective import check_repeatable, objective
+from funcmeta.training._objective import Objective, Stream, check_repeatable, objective
 from funcmeta.training._ranks import Ranks
 from funcmeta.training._run import Alarm, Optimizer, Plan, Run, Scheduler
 from funcmeta.training._signals import Signals
@@ -90,7 +90,8 @@ def fit(
         scheduler: optimizer → a scheduler of torch, which takes a step after each outer step.
         clip: largest norm of the meta-gradient; a longer one is shortened to it.
         alarm: what to do about meta-gradients that are not finite or explode.
-        validation: held-out tasks to be judged on; the best meta is kept, and patience may end the training.
+        validation: held-out tasks to be judged on, drawn by a stream of their own from ``seed``; the best meta is kept,
+            and patience may end the training.
         folder: where to keep the run; None keeps nothing.
         watch: functions that are given every ``Record``.
         spread: what several processes share: the "tasks" of a batch, or the "particles" of an evolution strategy that
@@ -104,8 +105,9 @@ def fit(
     Raises:
         ArgumentError: a number is out of range, ``batch_size`` can not be shared among the processes, ``spread`` and
             the ``share`` of the estimator do not go together, nothing is learned, the optimizer lacks a leaf that
-            is learned or has other tensors, the sampler returns other than a stack of so many tasks, the folder has a
-            run that is not to be resumed, or the run was begun with other settings or has taken more steps.
+            is learned or has other tensors, ``validation`` cannot be judged on, a sampler returns other than a stack of
+            so many tasks, the folder has a run that is not to be resumed, or the run was begun with other settings or
+            has taken more steps.
         DetachedError: the loss depends on nothing that is learned.
         ReplayError: the sampler gives two different batches for one seed.
         DataError: a checkpoint can not be read, or needs a class that is not imported.
@@ -137,19 +139,18 @@ def fit(
         check_positive("clip", clip)
     if isinstance(alarm.limit, bool) or not isinstance(alarm.limit, int | float) or not alarm.limit > 0:
         raise ArgumentError(f"alarm.limit is {alarm.limit!r}, expected a positive number. Pass e.g. limit=100.0.")
-    if validation is not None:
-        _check_validation(validation)
     ranks = Ranks.here()
     if spread == "tasks" and batch_size % ranks.number:
         raise ArgumentError(
             f"batch_size is {batch_size}, which {ranks.number} processes can not share evenly. Pass a multiple."
         )
     aim = objective(algorithm, tasks, spread)
+    held_out = None if validation is None else _held_out(algorithm, validation)
     ranks.check_share(algorithm, spread)
-    check_repeatable(aim, rng.fold(seed, 0, 0), batch_size)
+    check_repeatable(aim, rng.fold(seed, Stream.TRAINING, 0), batch_size)
     own = _owned(algorithm.init() if meta is None else meta)
     plan = Plan(seed, batch_size, accumulate, clip, alarm, validation, spread)
-    run = Run(aim, own, optimizer, scheduler, plan, ranks)
+    run = Run(aim, held_out, own, optimizer, scheduler, plan, ranks)
     store = None if folder is None else Store(folder)
     records = _opened(run, store, steps)
     with Signals() as signals:
@@ -267,9 +268,13 @@ def _check_kinds(optimizer: Any, scheduler: Any, alarm: Any, validation: Any, fo
             raise ArgumentError(f"{name} is {str(value)[:80]}, expected {wanted}.")
 
 
-def _check_validation(validation: Validation) -> None:
+def _held_out(algorithm: Any, validation: Validation) -> Objective:
+    """The objective on the tasks of a validation, whose fields can be used."""
     check_score("validation.score", validation.score)
     check_flag("validation.higher_is_better", validation.higher_is_better)
     check_count("validation.every", validation.every, advice="Pass e.g. every=50.")
     check_count("validation.number", validation.number, least=2, advice="Pass e.g. number=20.")
     check_count("validation.patience", validation.patience, or_none=True, advice="Pass e.g. patience=5.")
+    found = objective(algorithm, validation.tasks, name="validation.tasks")
+    found.check_judged(validation.number, validation.score)
+    return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,15 @@ from funcmeta.training._carries import Spread
 from funcmeta.unroll import Carry
 
 Score = Callable[[Predict, Task], Tensor | float]
+
+
+class Stream(IntEnum):
+    """What the seed of a run is folded with first. Each use has its own number, so no two uses share a seed."""
+
+    TRAINING = 0
+    VALIDATION = 1
+    STEP = 2  # torch's global generators during an outer step
+    EVALUATION = 3
 
 
 class Objective(Protocol):
@@ -48,24 +58,27 @@ class Objective(Protocol):
     def joined(self, carries: list[Any]) -> Any:
         """The carry of all from those of the processes."""
 
+    def check_judged(self, number: int, score: Score | None) -> None:
+        """Raise unless so many tasks can be judged by this score."""
+
     def judge(self, meta: Meta, index: int, seed: int, score: Score | None) -> float:
         """The score of one held-out task, which follows from index or seed; the loss when no score is given."""
 
 
-def objective(algorithm: Any, tasks: Sampler | Streams, spread: Spread = "tasks") -> Objective:
-    """The objective of any of the library's algorithms on tasks of a sampler."""
+def objective(algorithm: Any, tasks: Sampler | Streams, spread: Spread = "tasks", *, name: str = "tasks") -> Objective:
+    """The objective of any of the library's algorithms on tasks of a sampler, which errors call by its name."""
     if isinstance(algorithm, dynamic_lm.DynamicLanguageModel):
         if not isinstance(tasks, Streams):
-            raise ArgumentError(f"tasks is a {type(tasks).__name__}, expected streams. Pass Corpus.streams(...).")
+            raise ArgumentError(f"{name} is a {type(tasks).__name__}, expected streams. Pass Corpus.streams(...).")
         if spread != "tasks":
             raise ArgumentError(
                 f"spread is {spread!r}, but of streams processes share tasks only. Pass spread='tasks'."
             )
         return _Streams(algorithm, tasks)
     if isinstance(tasks, Streams):
-        raise ArgumentError("tasks are streams, which only dynamic_lm reads. Pass a sampler of tasks.")
+        raise ArgumentError(f"{name} are streams, which only dynamic_lm reads. Pass a sampler of tasks.")
     if not callable(getattr(tasks, "sample_batch", None)):
-        raise ArgumentError(f"tasks is a {type(tasks).__name__}, expected a sampler. Pass e.g. tasks.glyphs().")
+        raise ArgumentError(f"{name} is a {type(tasks).__name__}, expected a sampler. Pass e.g. tasks.glyphs().")
     if isinstance(algorithm, l2l.L2L):
         return _Windows(algorithm, tasks, spread)
     if all(callable(getattr(algorithm, name, None)) for name in ("init", "loss", "adapt")):
@@ -132,8 +145,11 @@ class _Whole:
     def joined(self, carries: list[Any]) -> Any:
         return carries[0]
 
+    def check_judged(self, number: int, score: Score | None) -> None:
+        pass
+
     def judge(self, meta: Meta, index: int, seed: int, score: Score | None) -> float:
-        one = self.tasks.sample_batch(seed, 1)
+        one = self.sample(seed, 1)
         if score is None:
             with torch.no_grad():
                 return self.algorithm.loss(meta, one, seed=seed).item()
@@ -164,7 +180,7 @@ class _Windows(_Whole):
     def judge(self, meta: Meta, index: int, seed: int, score: Score | None) -> float:
         if score is not None:
             return super().judge(meta, index, seed, score)
-        one, total = self.tasks.sample_batch(seed, 1), 0.0
+        one, total = self.sample(seed, 1), 0.0
         with torch.no_grad():
             carry, going_on = self.algorithm.begin(meta, one, seed=seed), True
             while going_on:  # to the end, or to what is not finite, whatever the algorithm skips
@@ -211,11 +227,13 @@ class _Streams:
     def joined(self, carries: list[list[Carry] | None]) -> list[Carry] | None:
         return None if carries[0] is None else [each for part in carries for each in part or ()]
 
-    def judge(self, meta: Meta, index: int, seed: int, score: Score | None) -> float:
+    def check_judged(self, number: int, score: Score | None) -> None:
         articles = len(self.tasks.articles)
-        if score is not None or index >= articles:
+        if score is not None or number > articles:
             raise ArgumentError(
                 f"A language model is judged by its loss on one article after the other, and there are {articles}. "
                 f"Leave score out, and judge on no more than these."
             )
+
+    def judge(self, meta: Meta, index: int, seed: int, score: Score | None) -> float:
         return torch.cat(self.algorithm.adapt(meta, self.tasks.alone(index)).losses).mean().item()

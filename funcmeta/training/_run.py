@@ -17,7 +17,7 @@ from funcmeta._typing import Meta
 from funcmeta.training._carries import Spread
 from funcmeta.training._evaluation import Validation, judged
 from funcmeta.training._folder import Record, finite
-from funcmeta.training._objective import Objective
+from funcmeta.training._objective import Objective, Stream
 from funcmeta.training._ranks import Averaged, Ranks, detached
 
 Optimizer = torch.optim.Optimizer
@@ -81,6 +81,7 @@ class Run:
     def __init__(
         self,
         aim: Objective,
+        held_out: Objective | None,
         meta: Meta,
         optimizer: Callable[[Meta], Optimizer],
         scheduler: Callable[[Optimizer], Scheduler] | None,
@@ -88,7 +89,7 @@ class Run:
         ranks: Ranks,
     ) -> None:
         self.meta, self.validation, self.ranks = meta, plan.validation, ranks
-        self._aim, self._plan = aim, plan
+        self._aim, self._held_out, self._plan = aim, held_out, plan
         self._learned = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
         ranks.begin_alike(tree.leaves(meta))
         self._optimizer = optimizer(meta)
@@ -124,7 +125,7 @@ class Run:
     def advance(self) -> Record:
         """One outer step."""
         began, rate = time.perf_counter(), self.rate
-        with rng.forked(rng.fold(self._plan.seed, 2, self.step)):
+        with rng.forked(rng.fold(self._plan.seed, Stream.STEP, self.step)):
             loss, norm, alarm = self._gradients()
         self.step += 1
         if alarm is None:
@@ -141,11 +142,20 @@ class Run:
 
     def validated(self, record: Record) -> Record:
         """The record with the score on held-out tasks; the best meta is kept."""
-        plan = self.validation
+        plan, seed = self.validation, self._plan.seed
         assert plan is not None
-        mean = judged(
-            self._aim, tree.detach(self.meta), plan.number, plan.score, self._plan.seed, self.ranks, forgiving=True
-        ).mean
+        assert self._held_out is not None
+        found = judged(
+            self._held_out,
+            tree.detach(self.meta),
+            plan.number,
+            plan.score,
+            seed,
+            self.ranks,
+            Stream.VALIDATION,
+            forgiving=True,
+        )
+        mean = found.mean
         score = mean.value
         better = math.isfinite(score) and (
             self.best is None or ((score > self.best.score) == plan.higher_is_better and score != self.best.score)
@@ -196,6 +206,13 @@ class Run:
     def restore(self, found: dict[str, Any]) -> None:
         """Go back to where ``saved`` was asked."""
         mine, theirs = self._settings(), found["settings"]
+        if "validation" not in theirs:
+            if found["best"]:
+                raise ArgumentError(
+                    "The run was begun by an earlier version of funcmeta, which validated on the training tasks and "
+                    "kept the best meta by them. Begin it again in another folder."
+                )
+            theirs = {**theirs, "validation": mine["validation"]}
         other = [
             f"{name} {theirs.get(name)!r}, now {mine.get(name)!r}" for name in mine if theirs.get(name) != mine[name]
         ]
@@ -228,6 +245,7 @@ class Run:
             "optimizer": type(self._optimizer).__name__,
             "rates": [float(group.get("initial_lr", group["lr"])) for group in self._optimizer.param_groups],
             "scheduler": self._scheduler and type(self._scheduler).__name__,
+            "validation": self.validation and _what_is_best(self.validation),
         }
 
     def _gradients(self) -> tuple[float, float, str | None]:
@@ -269,7 +287,7 @@ class Run:
 
     def _fill(self, lane: _Lane) -> None:
         """Sample the lane's batch, and keep the part of this process."""
-        whole = self._aim.sample(rng.fold(self._plan.seed, 0, lane.number), self._plan.batch_size)
+        whole = self._aim.sample(rng.fold(self._plan.seed, Stream.TRAINING, lane.number), self._plan.batch_size)
         rank, ranks = self.ranks.rank, self.ranks.number
         if lane.carry is None:
             lane.carry = self._aim.part_of_carry(self._aim.begin(self.meta, whole, lane.number), rank, ranks)
@@ -302,6 +320,11 @@ class Run:
                 f"inner learning rate, or clip; or pass alarm=Alarm('skip') or Alarm('lower') (--alarm) to go on "
                 f"without such steps."
             )
+
+
+def _what_is_best(validation: Validation) -> str:
+    """What a best score is the best of: scores of other tasks, or the other way up, do not compare with it."""
+    return f"of {validation.number} tasks, the {'highest' if validation.higher_is_better else 'lowest'} mean is best"
 
 
 def _check_held(optimizer: Optimizer, meta: Meta) -> None:

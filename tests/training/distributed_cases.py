@@ -69,7 +69,7 @@ def curves(**options: Any) -> Callable[[Share], Case]:
 
 def watched(share: Share) -> Case:
     """Two batches a step, clipped, with a schedule and a validation."""
-    held_out = Validation(CURVES, every=2, number=5)
+    held_out = Validation(fm.tasks.sinusoids(shots=7, dtype=torch.float64), every=2, number=5)
     options = {"accumulate": 2, "clip": 0.5, "scheduler": decaying, "validation": held_out}
     return Case(few_shot(), CURVES, options)
 

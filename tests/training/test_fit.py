@@ -5,12 +5,12 @@ import math
 import os
 import signal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from training_cases import KINDS, Case, Point, adam, few_shot, quadratic, squared, start, windows
+from training_cases import KINDS, Case, Point, adam, down, few_shot, quadratic, sgd, squared, start, windows
 
 import funcmeta as fm
 from funcmeta.algorithms import Algorithm, l2l, maml
@@ -133,26 +133,6 @@ def test_the_global_generator_is_left_alone() -> None:
 
 
 # --- validation
-
-
-class Down(NamedTuple):
-    """An algorithm that lowers a number by the learning rate of SGD in each step."""
-
-    init: Any
-    loss: Any
-    adapt: Any
-
-
-def down() -> Down:
-    return Down(
-        lambda: torch.tensor(3.0, requires_grad=True),
-        lambda meta, tasks, seed=0: meta + 0 * tasks.support[0].sum(),
-        lambda meta, task, seed=0, evaluate=False: meta,
-    )
-
-
-def sgd(meta: Tensor) -> torch.optim.Optimizer:
-    return torch.optim.SGD([meta], lr=1.0)
 
 
 def test_the_best_is_kept_and_patience_ends() -> None:

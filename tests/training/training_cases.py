@@ -52,7 +52,7 @@ def few_shot(**options: Any) -> Case:
     with fm.rng.forked(0):
         net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 1))
     algorithm = maml.build(net, squared, steps=2, lr=0.01, strategy="vmap", **options)
-    held_out = Validation(fm.tasks.sinusoids(), every=3, number=2)
+    held_out = Validation(fm.tasks.sinusoids(shots=7), every=3, number=2)
     return Case(algorithm, fm.tasks.sinusoids(), {"scheduler": cosine, "clip": 5.0, "validation": held_out})
 
 
@@ -80,6 +80,26 @@ def reading(**options: Any) -> Case:
         gates = fm.learned.gates(copy=0.99, update=0.1, flush=0.01)
     algorithm = dynamic_lm.build(net, gates, window=3, **options)
     return Case(algorithm, corpus.streams(articles, 5), {"batch_size": 2})
+
+
+class Down(NamedTuple):
+    """An algorithm that lowers a number by the learning rate of SGD in each step."""
+
+    init: Any
+    loss: Any
+    adapt: Any
+
+
+def down() -> Down:
+    return Down(
+        lambda: torch.tensor(3.0, requires_grad=True),
+        lambda meta, tasks, seed=0: meta + 0 * tasks.support[0].sum(),
+        lambda meta, task, seed=0, evaluate=False: meta,
+    )
+
+
+def sgd(meta: Tensor) -> torch.optim.Optimizer:
+    return torch.optim.SGD([meta], lr=1.0)
 
 
 KINDS = {"few shot": few_shot, "windows": windows, "particles": particles, "reading": reading}
