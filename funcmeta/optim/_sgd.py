@@ -20,6 +20,7 @@ class SgdState(NamedTuple):
 
     step: Tree = ()
     momentum_buffer: Tree = ()
+    missed: Tree = ()
 
 
 def sgd(
