@@ -20,7 +20,7 @@ Objective = Callable[[Tree], tuple[Tensor, Any]]
 
 
 class Gradient(NamedTuple):
-    """The value of an objective, its further output, and its gradient."""
+    """The value of an objective, its further output, and its gradient: None for a parameter that it does not use."""
 
     value: Tensor
     aux: Any
@@ -31,7 +31,9 @@ Rule = Callable[[Objective, Tree], Gradient]
 """How an inner gradient is taken. A rule is a function of (objective, params); objective(params) -> (loss, aux)."""
 
 
-def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., tuple[Any, Tree]]:
+def value_and_grad(
+    fn: Callable[..., Any], *, has_aux: bool = False, materialize_grads: bool = True
+) -> Callable[..., tuple[Any, Tree]]:
     """A function that returns the loss and its gradient by the first argument: p ↦ (ℓ(p, …), ∂ℓ/∂p).
 
     This is the only way a step should take an inner gradient, because estimators steer it: ``FirstOrder`` makes the
@@ -43,10 +45,12 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
     Args:
         fn: a function of (params, *args, **kwargs) that returns a scalar loss, or (loss, aux) with ``has_aux``.
         has_aux: whether ``fn`` returns a pair, whose second part is passed through.
+        materialize_grads: whether a parameter that the loss does not use gets a zero gradient; otherwise it gets None,
+            as after ``loss.backward()`` in torch, and a ``Transform`` leaves it alone.
 
     Returns:
         A function of the same arguments that returns (loss, grads), or ((loss, aux), grads) with ``has_aux``; grads
-        is a tree like the first argument. A parameter that the loss does not use gets a zero gradient.
+        is a tree like the first argument.
 
     Raises:
         LossError: the loss is not a scalar floating-point tensor.
@@ -62,6 +66,7 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
     """
 
     check_flag("has_aux", has_aux)
+    check_flag("materialize_grads", materialize_grads)
 
     def gradient(params: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
         current = _steering.get()
@@ -79,6 +84,9 @@ def value_and_grad(fn: Callable[..., Any], *, has_aux: bool = False) -> Callable
         value, aux, grads = rule(objective, params)
         if current:
             current.taken += 1
+        if materialize_grads and any(grad is None for grad in tree.leaves(grads)):
+            with torch._C.DisableTorchFunction():
+                grads = tree.map(_filled, params, grads)
         return ((value, aux) if has_aux else value), grads
 
     return gradient
@@ -156,14 +164,18 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
                     total, leaves, create_graph=differentiable and attached, retain_graph=attached, allow_unused=True
                 )
             check_depends(any(grad is not None for grad in found))
-            grads = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(found, leaves, strict=True)]
             if attached:
                 retire(leaves)
     if tasks is not None:
-        grads = [tasks.lift(grad) for grad in grads]
+        found = [None if grad is None else tasks.lift(grad) for grad in found]
     if not attached:
         value, aux = tree.detach((value, aux))
-    return Gradient(value, aux, tree.like(params, grads))
+    return Gradient(value, aux, tree.like(params, found))
+
+
+def _filled(param: Tensor, grad: Tensor | None) -> Tensor:
+    """The gradient, zeros in place of None."""
+    return torch.zeros_like(param) if grad is None else grad
 
 
 def _has_graph_beyond(results: list[Tensor], given: list[Tensor], leaves: list[Tensor]) -> bool:
@@ -193,25 +205,32 @@ class left:
 
 
 def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> Gradient:
-    """The gradient by ``torch.func``, whose auxiliary outputs can only be tensors."""
+    """The gradient inside ``torch.func``, whose auxiliary outputs can only be tensors.
+
+    ``vjp`` opens the level. Its own derivative would give zeros to what the loss does not use, so the gradient is taken
+    inside the level, and is one of the auxiliary outputs.
+    """
     other: list[Any] = []
 
     def tensors_only(inputs: Tree) -> tuple[Tensor, list[Tensor]]:
         value, aux = objective(inputs)
+        leaves = tree.leaves(inputs)
         if not torch.compiler.is_compiling():
             check_depends(value.requires_grad)
-        if differentiable and not torch.compiler.is_compiling():
-            check_differentiable_again(value, tree.leaves(inputs))
-        leaves, spec = tree.flatten(aux)
-        other[:] = [leaves, spec]
-        return value, tree.tensors(leaves)
+            if differentiable:
+                check_differentiable_again(value, leaves)
+        with left(None, []), watched(False):
+            found = torch.autograd.grad(value, leaves, create_graph=differentiable, allow_unused=True)
+        check_depends(any(grad is not None for grad in found))
+        rest, spec = tree.flatten(aux)
+        other[:] = [rest, spec, [grad is not None for grad in found]]
+        return value, [grad for grad in found if grad is not None] + tree.tensors(rest)
 
-    value, pull_back, tensors = torch.func.vjp(tensors_only, params, has_aux=True)  # type: ignore[misc]
-    with torch.set_grad_enabled(differentiable):
-        (grads,) = pull_back(torch.ones_like(value))
-    leaves, spec = other
+    value, _, tensors = torch.func.vjp(tensors_only, params, has_aux=True)  # type: ignore[misc]
+    rest, spec, used = other
     following = iter(tensors)
-    aux = tree.unflatten([next(following) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+    grads = tree.like(params, [next(following) if each else None for each in used])
+    aux = tree.unflatten([next(following) if isinstance(leaf, Tensor) else leaf for leaf in rest], spec)
     return Gradient(value, aux, grads)
 
 

@@ -47,7 +47,8 @@ def mixed(objective: Objective, params: Tree) -> Gradient:
             results, grads = together[: len(results)], together[len(results) :]
     back = (lambda each: each) if tasks is None else tasks.lift
     value, aux = tree.filled(inner.results, [back(each) for each in results])
-    return Gradient(value, aux, tree.like(params, [back(each) for each in grads]))
+    pairs = zip(grads, inner.used, strict=True)
+    return Gradient(value, aux, tree.like(params, [back(each) if used else None for each, used in pairs]))
 
 
 class _Inner:
@@ -58,6 +59,7 @@ class _Inner:
         self.states, self._autocast = rng.states(), Autocast(thetas)
         self._captured: list[Tensor] = []
         self.phis: list[Tensor] = []
+        self.used: list[bool] = []
         self.results: Tree = None
 
     def first(self, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
@@ -81,7 +83,8 @@ class _Inner:
                 used = [index for index, leaf in enumerate(finder.stand_ins) if id(leaf) in ends]
                 with watched(False):
                     found = torch.autograd.grad(total, leaves, allow_unused=True)
-                check_depends(any(grad is not None for grad in found))
+                self.used = [grad is not None for grad in found]
+                check_depends(any(self.used))
                 retire([*leaves, *finder.stand_ins])
         self._value = total.detach()
         self._captured = [finder.captured[index] for index in used]

@@ -212,7 +212,8 @@ def inner_problem(
             with rng.forked(seed):
                 return loss_fn(meta, predict, batch), predict.buffers
 
-        (loss, buffers), grads = value_and_grad(objective, has_aux=True)(state.params)
+        # as after backward() in torch: what the loss does not use has no gradient, and the optimizer leaves it alone
+        (loss, buffers), grads = value_and_grad(objective, has_aux=True, materialize_grads=False)(state.params)
         params, opt_state = advance(transform(meta), grads, state.opt_state, state.params)
         share = weighted(state.step, loss) if callable(trajectory_loss) else loss if trajectory_loss else None
         return InnerState(params, buffers, opt_state, state.step + 1), StepInfo(loss, share)

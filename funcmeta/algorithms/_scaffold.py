@@ -28,11 +28,16 @@ def rescaled(transform: Transform, spread: float) -> Transform:
         return _Rescaled(scales, transform.init(tree.map(torch.div, params, scales)))
 
     def update(grads: Tree, state: _Rescaled, params: Tree) -> tuple[Tree, _Rescaled]:
-        seen = tree.map(torch.mul, grads, state.scales), tree.map(torch.div, params, state.scales)
+        seen = tree.map(_times, grads, state.scales), tree.map(torch.div, params, state.scales)
         updates, inner = transform.update(seen[0], state.inner, seen[1])
-        return tree.map(torch.mul, updates, state.scales), _Rescaled(state.scales, inner)
+        return tree.map(_times, updates, state.scales), _Rescaled(state.scales, inner)
 
     return Transform(init, update)
+
+
+def _times(value: Tensor | None, scale: Tensor) -> Tensor | None:
+    """The product; None, where there is no gradient, stays None."""
+    return None if value is None else value * scale
 
 
 class _Imitating(NamedTuple):
@@ -53,8 +58,10 @@ def imitating(pupil: Transform, teacher: Transform) -> Transform:
         wanted, teaching = teacher.update(grads, state.teacher, params)
         wanted = tree.detach(wanted)
         given, learning = pupil.update(grads, state.pupil, params)
-        error = tree.map(torch.sub, given, wanted)
-        relative = tree.dot(error, error) / (tree.dot(wanted, wanted) + torch.finfo(state.mismatch.dtype).tiny)
+        pairs = zip(tree.leaves(given), tree.leaves(wanted), strict=True)
+        both = [(ours, theirs) for ours, theirs in pairs if theirs is not None]
+        error, length = [ours - theirs for ours, theirs in both], [theirs for _, theirs in both]
+        relative = tree.dot(error, error) / (tree.dot(length, length) + torch.finfo(state.mismatch.dtype).tiny)
         return wanted, _Imitating(state.mismatch + relative.to(state.mismatch.dtype), learning, teaching)
 
     return Transform(init, update)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from funcmeta import tree
 from funcmeta._typing import Tree
 from funcmeta.learned._optimizer import LearnedOptimizer
+from funcmeta.optim._rule import check_missed
 
 
 class CoordinatewiseState(NamedTuple):
@@ -18,12 +19,15 @@ class CoordinatewiseState(NamedTuple):
     Attributes:
         step: 0-d int64 tensor, the number of steps taken.
         slots: for each parameter, in their order, what its features are made of.
-        hidden: the network's memory of all coordinates, tensors with coordinates in their last dimension.
+        hidden: the network's memory of all coordinates, tensors with coordinates in their last dimension; or with
+            parameters there, where it keeps one entry for each.
+        missed: int64 tensor [parameters], in how many of the steps each had no gradient.
     """
 
     step: Tensor
     slots: tuple[Any, ...]
     hidden: Any
+    missed: Any = ()
 
 
 class Coordinatewise(LearnedOptimizer):
@@ -33,7 +37,8 @@ class Coordinatewise(LearnedOptimizer):
     2. ``decide``: the network, from the features of all coordinates to outputs, both with coordinates last;
     3. ``act``: the update from the outputs of one tensor.
 
-    Whatever the dtype of the parameters, all of it is computed in that of the network's weights.
+    Whatever the dtype of the parameters, all of it is computed in that of the network's weights. A parameter whose
+    gradient is None takes no part in a step: none of the three sees it, and what is kept for it stays.
 
     Examples:
         Descent along a learned function of the gradient:
@@ -63,26 +68,40 @@ class Coordinatewise(LearnedOptimizer):
         slots = tuple([self.slots(torch.empty_like(leaf, dtype=dtype)) for leaf in leaves])
         sizes, device = [leaf.numel() for leaf in leaves], leaves[0].device if leaves else None
         hidden = self.memory(torch.empty((0, sum(sizes)), dtype=dtype, device=device), sizes)
-        return CoordinatewiseState(torch.zeros((), dtype=torch.int64, device=device), slots, hidden)
+        step = torch.zeros((), dtype=torch.int64, device=device)
+        return CoordinatewiseState(step, slots, hidden, step.new_zeros(len(leaves)))
 
     def forward(self, param: Tree, grad: Tree, state: CoordinatewiseState) -> tuple[Tree, CoordinatewiseState]:
         """The updates and the next state, for a tensor or a tree of them."""
-        dtype = self._dtype()
-        params = [leaf.to(dtype) for leaf in tree.leaves(param)]
-        grads = [leaf.to(dtype) for leaf in tree.leaves(grad)]
-        rows = zip(params, grads, state.slots, strict=True)
-        seen = [self.observe(*row, state.step) for row in rows]
+        dtype, params, grads = self._dtype(), tree.leaves(param), tree.leaves(grad)
+        absent = [each is None for each in grads]
+        missed = check_missed(state.missed, len(params), not any(absent))
+        steps = [state.step] * len(params) if isinstance(missed, tuple) else (state.step - missed).unbind()
+        used = [place for place, gone in enumerate(absent) if not gone]
+        following = state._replace(step=state.step + 1)
+        if len(used) < len(params):
+            following = following._replace(missed=missed + missed.new_tensor(absent))
+        if not used:
+            return tree.like(param, grads), following
+        slots: list[Any] = list(state.slots)
+        updates: list[Any] = [None] * len(params)
+        features = []
+        for place in used:
+            row = params[place].to(dtype), grads[place].to(dtype), slots[place], steps[place]
+            seen, slots[place] = self.observe(*row)
+            features.append(seen.flatten(1) if seen.dim() > 1 else seen[:, None])
         sizes = [leaf.numel() for leaf in params]
-        if not seen:
-            return param, state._replace(step=state.step + 1)
-        features = torch.cat([each.flatten(1) if each.dim() > 1 else each[:, None] for each, _ in seen], 1)
-        outputs, hidden = self.decide(features, state.hidden, sizes)
-        parts = torch.split(outputs, sizes, 1)
-        updates = [
-            self.act(part.reshape(part.shape[0], *leaf.shape), leaf) for part, leaf in zip(parts, params, strict=True)
-        ]
-        following = CoordinatewiseState(state.step + 1, tuple([slots for _, slots in seen]), hidden)
-        return tree.like(param, updates), following
+        chosen = [sizes[place] for place in used]
+        if len(used) == len(params):
+            outputs, hidden = self.decide(torch.cat(features, 1), state.hidden, sizes)
+        else:
+            given = tree.map(lambda old: _columns(old, sizes, used), state.hidden)
+            outputs, fresh = self.decide(torch.cat(features, 1), given, chosen)
+            hidden = tree.map(lambda old, new: _put_back(old, new, sizes, used), state.hidden, fresh)
+        for place, part in zip(used, torch.split(outputs, chosen, 1), strict=True):
+            leaf = params[place].to(dtype)
+            updates[place] = self.act(part.reshape(part.shape[0], *leaf.shape), leaf)
+        return tree.like(param, updates), following._replace(slots=tuple(slots), hidden=hidden)
 
     def _dtype(self) -> torch.dtype:
         """Of the weights; torch's default where there are none."""
@@ -107,6 +126,30 @@ class Coordinatewise(LearnedOptimizer):
     def act(self, outputs: Tensor, param: Tensor) -> Tensor:
         """The update of one tensor from the network's outputs for it, [outputs, *shape]."""
         return outputs[0]
+
+
+def _widths(memory: Tensor, sizes: Sequence[int]) -> Sequence[int]:
+    """How many entries of the last dimension each parameter has: its coordinates, or one; none in any other memory."""
+    last = memory.shape[-1] if memory.dim() else 0
+    return sizes if last == sum(sizes) else [1] * len(sizes) if last == len(sizes) else ()
+
+
+def _columns(memory: Tensor, sizes: Sequence[int], used: Sequence[int]) -> Tensor:
+    """The memory of some of the parameters."""
+    widths = _widths(memory, sizes)
+    parts = torch.split(memory, list(widths), -1) if widths else ()
+    return torch.cat([parts[place] for place in used], -1) if widths else memory
+
+
+def _put_back(memory: Tensor, fresh: Tensor, sizes: Sequence[int], used: Sequence[int]) -> Tensor:
+    """The memory of all parameters, with what is new of some of them."""
+    widths = _widths(memory, sizes)
+    if not widths:
+        return fresh
+    parts = list(torch.split(memory, list(widths), -1))
+    for place, part in zip(used, torch.split(fresh, [widths[place] for place in used], -1), strict=True):
+        parts[place] = part
+    return torch.cat(parts, -1)
 
 
 class Dense(nn.Module):

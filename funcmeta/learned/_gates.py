@@ -81,7 +81,9 @@ class Gates(LearnedOptimizer):
         """The changes, tensor by tensor."""
         return tree.map(self._change, param, grad, state), state
 
-    def _change(self, param: Tensor, grad: Tensor, static: Tensor) -> Tensor:
+    def _change(self, param: Tensor, grad: Tensor | None, static: Tensor) -> Tensor | None:
+        if grad is None:
+            return None
         opened = self._opened(param, grad, static)
         change = torch.zeros_like(param)
         if "update" in opened:

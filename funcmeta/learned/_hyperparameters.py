@@ -86,15 +86,15 @@ class _Hyperparameters(LearnedOptimizer):
     def forward(self, param: Params, grad: Params, state: _Momenta) -> tuple[Params, _Momenta]:
         """One step of momentum SGD with own factors."""
         self._check(param)
-        directions = grad
+        directions = {name: each for name, each in grad.items() if each is not None}
         if self.config["momentum"]:
             factors = self._spread(self.logit_momentum.sigmoid())
             directions = {
-                name: (factors[name] * state.momentum[name] + grad[name]).to(grad[name].dtype) for name in grad
+                name: (factors[name] * state.momentum[name] + each).to(each.dtype) for name, each in directions.items()
             }
-            state = _Momenta(directions)
+            state = _Momenta({**state.momentum, **directions})
         rates = self._spread(self.log_lr.exp())
-        return {name: -rates[name] * direction for name, direction in directions.items()}, state
+        return {name: -rates[name] * directions[name] if name in directions else None for name in grad}, state
 
     def _spread(self, values: Tensor) -> dict[str, Tensor]:
         """The value of each parameter's group, or of each coordinate, to be multiplied with the parameter."""

@@ -12,12 +12,14 @@ from funcmeta.learned._coordinatewise import Coordinatewise, Dense, StackedLSTM
 from funcmeta.learned._features import log_sign
 from funcmeta.learned._optimizer import LearnedOptimizer
 
+_P = 10.0
+
 LARGEST = 80
 """The largest p whose e⁻ᵖ is a number in single precision."""
 
 
 def lstm(
-    *, hidden: int = 20, layers: int = 2, preprocess: str = "log_sign", p: float = 10.0, scale: float = 0.1
+    *, hidden: int = 20, layers: int = 2, preprocess: str = "log_sign", p: float = _P, scale: float = 0.1
 ) -> LearnedOptimizer:
     """An LSTM from the gradient to the update, its weights shared by all coordinates, its memory one for each.
 
@@ -28,14 +30,14 @@ def lstm(
         hidden: units of each layer.
         layers: number of layers.
         preprocess: "log_sign", or "none" for the gradient as it is.
-        p: gradients below e⁻ᵖ are seen linearly, those above by logarithm and sign.
+        p: gradients below e⁻ᵖ are seen linearly, those above by logarithm and sign; for "log_sign" only.
         scale: factor of the output.
 
     Returns:
         A ``LearnedOptimizer``. Its weights are drawn from torch's global generator.
 
     Raises:
-        ArgumentError: a size or a factor is not positive, or ``preprocess`` is not known.
+        ArgumentError: a size or a factor is not positive, ``preprocess`` is not known, or ``p`` is given for "none".
 
     Examples:
         >>> optimizer = lstm()
@@ -63,6 +65,8 @@ class _LSTM(Coordinatewise):
         self._p, self._scale = check_positive("p", p), check_positive("scale", scale)
         if p > LARGEST:
             raise ArgumentError(f"p is {p!r}, expected at most {LARGEST}, as e⁻ᵖ would be 0. Pass e.g. p=10.")
+        if preprocess == "none" and p != _P:
+            raise ArgumentError(f"p is {p!r} with preprocess='none', which does not read it. Leave p out.")
         self.kind = "lstm"
         self.config = {"hidden": hidden, "layers": layers, "preprocess": preprocess, "p": p, "scale": scale}
         self._seen_as_it_is = preprocess == "none"

@@ -1,7 +1,8 @@
 """What a learned optimizer is, and how it becomes an inner optimizer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ class LearnedOptimizer(nn.Module, ABC):
     not depend on the parameters that it optimizes. Neither function may write to its arguments.
 
     Subclasses define ``init_state`` and ``forward`` for one tensor. Those that set ``whole`` get a tree of tensors
-    at once (of which one tensor is the simplest case), and may compute across tensors.
+    at once (of which one tensor is the simplest case), and may compute across tensors. A gradient in that tree is None
+    where the loss did not use the parameter: return None for its update, and what the state keeps for it as it was.
 
     Attributes:
         kind: name by which a saved optimizer is recognized.
@@ -129,14 +131,16 @@ def as_transform(optimizer: LearnedOptimizer, theta: Params | None = None) -> Tr
 
     def update(grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
         leaves, given = tree.leaves(params), tree.aligned(params, grads, name="grads")
-        check_gradients(given, leaves)
+        complete = check_gradients(given, leaves)
         if optimizer.whole:
-            updates, state = one(params, tree.like(params, given), state)
+            with _told_of_none(optimizer, complete):
+                updates, state = one(params, tree.like(params, given), state)
             changes = tree.aligned(params, updates, name="updates")
         else:
-            pairs = [one(*row) for row in zip(leaves, given, state.states, strict=True)]
+            rows = zip(leaves, given, state.states, strict=True)
+            pairs = [(None, row[2]) if row[1] is None else one(*row) for row in rows]
             changes, state = [change for change, _ in pairs], EachState(tuple([own for _, own in pairs]))
-        return tree.like(params, [_fitting(*row) for row in zip(changes, leaves, strict=True)]), state
+        return tree.like(params, [_fitting(*row) for row in zip(changes, leaves, given, strict=True)]), state
 
     return Transform(init, update)
 
@@ -152,7 +156,28 @@ class _First(nn.Module):
         return self.optimizer.init_state(param)
 
 
-def _fitting(update: Any, param: Tensor) -> Tensor:
+@contextmanager
+def _told_of_none(optimizer: LearnedOptimizer, complete: bool) -> Iterator[None]:
+    """Say what is wrong when an optimizer of whole trees computes with a gradient that is None."""
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        if complete:
+            raise
+        raise StructureError(
+            f"{optimizer.kind} takes whole trees and failed on a gradient that is None: {error}. Let forward return "
+            f"None as the update of such a parameter and keep its state, or let the inner loss use every parameter."
+        ) from error
+
+
+def _fitting(update: Any, param: Tensor, grad: Tensor | None) -> Tensor | None:
+    if update is None and grad is None:
+        return None
+    if grad is None:
+        raise StructureError(
+            f"the learned optimizer's update is {tree.describe(update)} for a parameter without a gradient, expected "
+            f"None. Return None from forward where the gradient is None."
+        )
     if not isinstance(update, Tensor) or update.shape != param.shape:
         raise StructureError(
             f"the learned optimizer's update is {tree.describe(update)}, but its parameter is {tree.describe(param)}. "

@@ -17,7 +17,8 @@ _KEY = "funcmeta"
 class TorchOptimizer(torch.optim.Optimizer):
     """A learned optimizer, or any ``Transform``, with the interface of ``torch.optim``.
 
-    ``step()`` adds the updates to the parameters in place, without a graph. ``state_dict()`` holds tensors only.
+    ``step()`` adds the updates to the parameters in place, without a graph; a parameter without a gradient stays, as
+    does what is kept for it. ``state_dict()`` holds tensors only.
 
     Args:
         params: the parameters of a module, or pairs of name and parameter, as ``module.named_parameters()``; with names
@@ -26,7 +27,7 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     Raises:
         ArgumentError: ``optimizer`` is neither, its state holds other things than tensors, or ``params`` come in groups
-            or with options; in ``step``, a parameter has no gradient, or a sparse one.
+            or with options; in ``step``, a parameter has a sparse gradient.
         StructureError: in ``load_state_dict``, the state is one of another kind, or of other parameters.
 
     Examples:
@@ -92,7 +93,8 @@ class TorchOptimizer(torch.optim.Optimizer):
         updates, state = self._transform.update(grads, self._state(), tree.detach(params))
         self._kept[_KEY] = {"leaves": [leaf.detach().clone() for leaf in tree.leaves(state)]}
         for name, param in params.items():
-            param.add_(updates[name])
+            if updates[name] is not None:
+                param.add_(updates[name])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -151,12 +153,9 @@ def _shown(kept: Any) -> str:
     return f"a dict with the keys {list(kept)[:5]}" if isinstance(kept, Mapping) else repr(kept)
 
 
-def _gradient(name: str, param: Tensor) -> Tensor:
+def _gradient(name: str, param: Tensor) -> Tensor | None:
     if param.grad is None:
-        raise ArgumentError(
-            f"the parameter '{name}' has no gradient. Call backward() on a loss that depends on it, or leave it out of "
-            f"the optimizer."
-        )
+        return None
     if param.grad.layout is not torch.strided:
         raise ArgumentError(
             f"the gradient of '{name}' is {param.grad.layout}, expected a dense one. Use sparse=False in the embedding."

@@ -18,6 +18,7 @@ class AdadeltaState(NamedTuple):
     step: Tensor
     square_avg: Tree
     acc_delta: Tree
+    missed: Tree = ()
 
 
 def adadelta(

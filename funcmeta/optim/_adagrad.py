@@ -18,6 +18,7 @@ class AdagradState(NamedTuple):
 
     step: Tensor
     sum: Tree
+    missed: Tree = ()
 
 
 def adagrad(

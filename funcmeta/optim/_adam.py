@@ -15,12 +15,16 @@ from funcmeta.optim._transform import Transform
 
 
 class AdamState(NamedTuple):
-    """What Adam keeps: the number of steps, both running averages, and for AMSGrad the largest second one."""
+    """What Adam keeps: both running averages, for AMSGrad the largest second one, and how the steps count.
+
+    ``step`` counts the steps of the optimizer, ``missed`` those in which each parameter had no gradient.
+    """
 
     step: Tensor
     exp_avg: Tree
     exp_avg_sq: Tree
     max_exp_avg_sq: Tree = ()
+    missed: Tree = ()
 
 
 def adam(

@@ -19,6 +19,7 @@ class AdamaxState(NamedTuple):
     step: Tensor
     exp_avg: Tree
     exp_inf: Tree
+    missed: Tree = ()
 
 
 def adamax(

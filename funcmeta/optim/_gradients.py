@@ -86,7 +86,7 @@ def clip_by_norm(max_norm: Hyper) -> Transform:
 def clip_by_global_norm(max_norm: Hyper) -> Transform:
     """Shrink all gradients by one factor when their common Euclidean norm exceeds `max_norm`.
 
-    u = g · min(1, max_norm / ‖g‖), where ‖g‖² sums the squares over all tensors; the derivative of the norm is part of
+    u = g · min(1, max_norm / ‖g‖), where ‖g‖² sums the squares over all tensors but gradients that are None; the derivative of the norm is part of
     the meta-gradient, and a zero gradient passes through with derivative 1.
 
     Args:
@@ -115,21 +115,23 @@ def clip_by_global_norm(max_norm: Hyper) -> Transform:
         return StepState(step_zero(tree.leaves(params))) if hypers.scheduled else StepState()
 
     def update(grads: Tree, state: StepState, params: Tree) -> tuple[Tree, StepState]:
-        check_gradients(tree.aligned(params, grads, name="grads"), tree.leaves(params))
+        column = tree.aligned(params, grads, name="grads")
+        check_gradients(column, tree.leaves(params))
         check_state(state, StepState, counted=hypers.scheduled)
-        devices = {leaf.device for leaf in tree.leaves(grads)}
+        given = [grad for grad in column if grad is not None]
+        devices = {grad.device for grad in given}
         if len(devices) > 1:
             raise StructureError(
                 f"the gradients are on {', '.join(sorted(map(str, devices)))}, but their common norm is computed on "
                 "one device. Use clip_by_norm, or move the parameters to one device."
             )
-        wide = tree.map(_wide, grads)
+        wide = [_wide(grad) for grad in given]
         square, most = tree.dot(wide, wide), hypers.single("max_norm", state.step)
         for leaf in tree.leaves(params)[:1]:
             check_reachable("max_norm", most, leaf)
         factor = _shrinkage(square, most)
-        clipped = tree.map(lambda grad: (grad * factor).to(grad.dtype), grads)
-        return clipped, StepState(state.step + 1 if hypers.scheduled else ())
+        clipped = [None if grad is None else (grad * factor).to(grad.dtype) for grad in column]
+        return tree.like(params, clipped), StepState(state.step + 1 if hypers.scheduled else ())
 
     return Transform(init, update)
 

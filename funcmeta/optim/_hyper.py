@@ -35,6 +35,10 @@ _RANGES = {
 }
 
 
+_SINGLE = frozenset({"max_norm"})
+"""Hyper-parameters that are one number for a whole tensor."""
+
+
 class Hypers:
     """The hyper-parameters of one transform, validated once and resolved at each step."""
 
@@ -165,7 +169,7 @@ def _check(name: str, hyper: Hyper) -> None:
 
 def _check_type(name: str, hyper: Hyper) -> None:
     """Raise unless every leaf is a number or a floating-point tensor."""
-    if type(hyper) is float or (isinstance(hyper, Tensor) and _is_dense_float(hyper)):
+    if type(hyper) is float or (isinstance(hyper, Tensor) and not hyper.ndim and _is_dense_float(hyper)):
         return
     for path, leaf in tree.named_leaves(hyper, name):
         if isinstance(leaf, Tensor):
@@ -173,6 +177,11 @@ def _check_type(name: str, hyper: Hyper) -> None:
                 raise StructureError(
                     f"{path} is {tree.describe(leaf)}, expected a dense floating-point tensor. Convert it by "
                     f"{'.float()' if leaf.layout is torch.strided else '.to_dense()'}."
+                )
+            if leaf.ndim and name.removesuffix("(step)") in _SINGLE:
+                raise StructureError(
+                    f"{path} is {tree.describe(leaf)}, expected one number or 0-d tensor for each tensor. Pass a single "
+                    "value; a norm has no entries."
                 )
         elif not is_number(leaf):
             raise ArgumentError(

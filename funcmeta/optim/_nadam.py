@@ -20,6 +20,7 @@ class NadamState(NamedTuple):
     exp_avg: Tree
     exp_avg_sq: Tree
     mu_product: Tree
+    missed: Tree = ()
 
 
 def nadam(

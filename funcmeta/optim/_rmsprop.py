@@ -20,6 +20,7 @@ class RmspropState(NamedTuple):
     square_avg: Tree
     grad_avg: Tree = ()
     momentum_buffer: Tree = ()
+    missed: Tree = ()
 
 
 def rmsprop(

@@ -18,6 +18,9 @@ from funcmeta.optim._transform import Transform
 Slot = Callable[[Tensor, Values], Tensor]
 """The initial value that a parameter keeps in the state."""
 
+Prepare = Callable[[Values, Any], Values]
+"""(values, step) -> what the rule needs of the step."""
+
 Rule = Callable[..., tuple[Any, ...]]
 """(values, parameter, gradient, *slots) -> (update, *new slots); the update is a tensor or ``Scaled``."""
 
@@ -60,7 +63,7 @@ def per_tensor(
     *,
     state: type[Any] = StepState,
     slots: Mapping[str, Slot] | None = None,
-    prepare: Callable[[Values, Any], Values] | None = None,
+    prepare: Prepare | None = None,
     counted: bool = True,
     decoupled: bool = False,
     maximize: bool = False,
@@ -70,34 +73,45 @@ def per_tensor(
     ``prepare(values, step)`` adds what the rule needs of the 0-d step (from 0), once for all parameters where none has
     hyper-parameters of its own. A ``weight_decay`` among these is added here, to the gradient or (``decoupled``) to the
     update. Everything returned has the dtype that went in, whatever the hyper-parameters are promoted to.
+
+    A parameter whose gradient is None stays, and so does what is kept for it. A state with a field ``missed`` counts
+    there how often that was: torch.optim counts the steps of each parameter by itself, and so does ``prepare`` see
+    them, as one step less the missed ones for each. Schedules see the steps of the optimizer.
     """
     check_flag("maximize", maximize)
     check_flag("decoupled_weight_decay", decoupled)
     slots = slots or {}
+    tracked = counted and "missed" in state._fields
     counted = counted or hypers.scheduled
     if hypers.uses("weight_decay"):
         rule = _shrinking(rule) if decoupled else _decaying(rule)
     if maximize:
         rule = _climbing(rule)
 
-    def values_of(step: Any, params: Tree, leaves: list[Tensor]) -> list[Values]:
+    def values_of(step: Any, missed: Any, params: Tree, leaves: list[Tensor]) -> list[Values]:
         if not leaves:
             return []
         shared, own = hypers.resolve(step, params, leaves)
-        if not own:
+        together = isinstance(missed, tuple)  # one count for all
+        if not own and (together or not prepare):
             return [{**shared, **prepare(shared, step)} if prepare else shared] * len(leaves)
+        if not own and prepare:
+            return [{**shared, **each} for each in _spread(prepare(shared, step - missed), len(leaves))]
         merged: list[Values] = [{**shared, **each} for each in own]
-        return [{**each, **prepare(each, step)} for each in merged] if prepare else merged
+        if not prepare:
+            return merged
+        steps = [step] * len(leaves) if together else (step - missed).unbind()
+        return [{**each, **prepare(each, taken)} for each, taken in zip(merged, steps, strict=True)]
 
     def init(params: Tree) -> Any:
         check_floating_leaves(params, name="params")
         flat = tree.is_flat(params)
         leaves = tree.leaves(params)
         step = step_zero(leaves) if counted else ()
-        rows = list(zip(leaves, values_of(step, params, leaves), strict=True))
-        return state(
-            step=step, **{name: _tree(params, flat, [slot(*row) for row in rows]) for name, slot in slots.items()}
-        )
+        missed = {"missed": step.new_zeros(len(leaves))} if tracked else {}
+        rows = list(zip(leaves, values_of(step, missed.get("missed", ()), params, leaves), strict=True))
+        kept = {name: _tree(params, flat, [slot(*row) for row in rows]) for name, slot in slots.items()}
+        return state(step=step, **kept, **missed)
 
     def run(finish: Callable[[Any, Tensor], Tensor], grads: Tree, old: Any, params: Tree) -> tuple[Tree, Any]:
         flat = tree.is_flat(params)
@@ -105,16 +119,23 @@ def per_tensor(
         given = _column(params, flat, grads, "grads")
         check_state(old, state, counted=counted)
         kept = [_column(params, flat, getattr(old, name), name) for name in slots]
-        check_gradients(given, leaves)
+        complete = check_gradients(given, leaves)
         for name, column in zip(slots, kept, strict=True):
             check_slots(name, column, leaves)
-        rows = zip(values_of(old.step, params, leaves), leaves, given, *kept, strict=True)
-        results = [(finish(first, row[1]), *fresh) for row in rows for first, *fresh in (rule(*row),)]
+        missed = check_missed(old.missed, len(leaves), complete) if tracked else ()
+        rows = zip(values_of(old.step, missed, params, leaves), leaves, given, *kept, strict=True)
+        results = [
+            (finish(first, row[1]), *fresh)
+            for row in rows
+            for first, *fresh in ((None, *row[3:]) if row[2] is None else rule(*row),)
+        ]
+        if tracked and not complete:
+            missed = missed + missed.new_tensor([grad is None for grad in given])
         columns = list(zip(*results, strict=True)) or [()] * (1 + len(slots))
         casts = [_like(column, likes) for column, likes in zip(columns, (leaves, *kept), strict=True)]
         finished, *fresh = [_tree(params, flat, cast) for cast in casts]
         step = old.step + 1 if counted else ()
-        return finished, state(step=step, **dict(zip(slots, fresh, strict=True)))
+        return finished, state(step=step, **dict(zip(slots, fresh, strict=True)), **{"missed": missed} if tracked else {})
 
     def update(grads: Tree, old: Any, params: Tree) -> tuple[Tree, Any]:
         with torch._C.DisableTorchFunction():
@@ -127,12 +148,22 @@ def per_tensor(
     return Transform(init, update, advance)
 
 
-def _alone(update: Any, param: Tensor) -> Tensor:
+def _alone(update: Any, param: Tensor) -> Any:
     return update.alone() if isinstance(update, Scaled) else update
 
 
 def _added(update: Any, param: Tensor) -> Tensor:
+    if update is None:
+        return param
     return update.added_to(param) if isinstance(update, Scaled) else param + update
+
+
+def _spread(prepared: Values, count: int) -> list[Values]:
+    """What each parameter gets of what was prepared on the vector of all steps."""
+    columns = [
+        value.unbind() if isinstance(value, Tensor) and value.ndim else [value] * count for value in prepared.values()
+    ]
+    return [dict(zip(prepared, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _decaying(rule: Rule) -> Rule:
@@ -182,8 +213,13 @@ def check_state(state: Any, kind: type[Any], *, counted: bool) -> None:
         )
 
 
-def check_gradients(grads: list[Any], params: list[Tensor]) -> None:
+def check_gradients(grads: list[Any], params: list[Tensor]) -> bool:
+    """Whether every parameter has a gradient; raise where one does not fit."""
+    complete = True
     for grad, param in zip(grads, params, strict=True):
+        if grad is None:
+            complete = False
+            continue
         if not (isinstance(grad, Tensor) and isinstance(param, Tensor)) or (
             grad.shape != param.shape
             or grad.device != param.device
@@ -192,8 +228,20 @@ def check_gradients(grads: list[Any], params: list[Tensor]) -> None:
         ):
             raise StructureError(
                 f"a gradient is {tree.describe(grad)}, but its parameter is {tree.describe(param)}. Pass one dense "
-                "gradient of the same shape on the same device for each; zeros where the loss does not depend on it."
+                "gradient of the same shape on the same device for each; None where the loss does not depend on it."
             )
+    return complete
+
+
+def check_missed(missed: Any, count: int, complete: bool) -> Any:
+    """What a state holds of missed steps: nothing at all will do as long as no gradient is None."""
+    fits = missed == () if isinstance(missed, tuple) else isinstance(missed, Tensor) and missed.shape == (count,)
+    if not fits or (isinstance(missed, tuple) and not complete):
+        raise StructureError(
+            f"the state's missed is {tree.describe(missed)}, expected an int64 tensor of shape [{count}], the steps "
+            "that each parameter has missed. Pass a state that the transform has made for these parameters."
+        )
+    return missed
 
 
 def check_slots(name: str, column: list[Any], params: list[Tensor]) -> None:
@@ -209,7 +257,7 @@ def check_slots(name: str, column: list[Any], params: list[Tensor]) -> None:
 def _like(fresh: Sequence[Tensor], likes: list[Tensor]) -> list[Tensor]:
     """The tensors in the dtypes of those that they replace."""
     pairs = zip(fresh, likes, strict=True)
-    return [value if value.dtype == like.dtype else value.to(like.dtype) for value, like in pairs]
+    return [value if value is None or value.dtype == like.dtype else value.to(like.dtype) for value, like in pairs]
 
 
 def _column(params: Tree, flat: bool, other: Tree, name: str) -> list[Any]:

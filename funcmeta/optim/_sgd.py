@@ -20,6 +20,7 @@ class SgdState(NamedTuple):
 
     step: Tree = ()
     momentum_buffer: Tree = ()
+    missed: Tree = ()
 
 
 def sgd(
@@ -33,13 +34,13 @@ def sgd(
 ) -> Transform:
     """Stochastic gradient descent, with momentum, dampening, Nesterov's variant and weight decay.
 
-    g ← g + λθ; b ← μb + (1 - τ)g, in the first step b ← g; u = -lr · b, or -lr · (g + μb) for Nesterov's variant.
+    g ← g + λθ; b ← μb + (1 - τ)g, for a parameter's first gradient b ← g; u = -lr · b, or -lr · (g + μb) for Nesterov's variant.
     Every hyper-parameter is a number, a tensor, a tree like the parameters or a callable of the step.
 
     Args:
         lr: learning rate, at least 0.
         momentum: μ, at least 0; the number 0 keeps no buffer.
-        dampening: τ.
+        dampening: τ; without effect while the momentum is 0, as in torch.optim.
         nesterov: whether to look ahead; needs a momentum, and no dampening.
         weight_decay: λ, at least 0, in units of the gradient per unit of the parameter.
         maximize: whether to climb instead of to descend.
@@ -77,7 +78,8 @@ def sgd(
         descent = {"descent": -values["lr"]}
         if not damped:
             return descent
-        return descent | {"fresh": 1 - torch.where(step == 0, 0.0, double(values["dampening"]))}
+        undamped = (step == 0) | (double(values["momentum"]) == 0)
+        return descent | {"fresh": 1 - torch.where(undamped, 0.0, double(values["dampening"]))}
 
     def rule(values: Values, param: Tensor, grad: Tensor, *kept: Tensor) -> tuple[Any, ...]:
         if not heavy:

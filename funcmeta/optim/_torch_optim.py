@@ -20,6 +20,9 @@ from funcmeta.optim._rmsprop import RmspropState
 from funcmeta.optim._sgd import SgdState
 from funcmeta.optim._transform import Transform, check_transform
 
+COUNTS = ("step", "missed")
+"""The fields of a state that are of no parameter by itself."""
+
 NAMESAKES = (SgdState, AdamState, AdamaxState, NadamState, RmspropState, AdagradState, AdadeltaState)
 """The states whose fields are those of a torch.optim optimizer, ``step`` and one tensor for each parameter."""
 
@@ -40,14 +43,16 @@ def from_torch_optim_state(
         transform: the namesake of the optimizer, such as `adam(...)` for `torch.optim.Adam`.
         source: the optimizer or its `state_dict()`.
         params: the parameters, any tree whose leaves are in the order in which the optimizer got them.
-        step: number of steps taken; needed only for SGD with dampening or a schedule, as torch.optim.SGD does not
-            count.
+        step: number of steps that the optimizer has taken, which schedules read; default the largest that it has
+            counted for a parameter. Needed for SGD with dampening or a schedule, as torch.optim.SGD does not count, and
+            for a schedule where each parameter had steps without a gradient.
 
     Returns:
-        The state, like that of `transform.init(params)`.
+        The state, like that of `transform.init(params)`. A parameter for which the optimizer holds nothing begins anew.
 
     Raises:
-        ArgumentError: no transform, or one without a namesake; the number of steps is not known, or not whole.
+        ArgumentError: no transform, or one without a namesake; the number of steps is not known, not whole, less than
+            the optimizer has taken, or given for a transform that does not count steps.
         StructureError: the optimizer has another number of parameters, other shapes, or lacks what the state holds.
 
     Examples:
@@ -74,18 +79,28 @@ def from_torch_optim_state(
             f"the optimizer holds {count} parameters, but params has {len(leaves)}. Pass the parameters that the "
             "optimizer was made with, in the same order."
         )
-    entries = saved["state"]
-    if not any(value is not None for entry in entries.values() for value in entry.values()):
-        return state
+    entries = [saved["state"].get(index, {}) for index in range(count)]
     fields = {
         name: tree.unflatten(
-            [_taken(entries.get(index, {}), name, like) for index, like in enumerate(tree.leaves(initial))], spec
+            [_taken(entry, name, like) for entry, like in zip(entries, tree.leaves(initial), strict=True)], spec
         )
         for name, initial in state._asdict().items()
-        if name != "step" and tree.leaves(initial)
+        if name not in COUNTS and tree.leaves(initial)
     }
-    if isinstance(state.step, Tensor):
-        fields["step"] = torch.full_like(state.step, _steps_taken(entries, step))
+    if not isinstance(state.step, Tensor):
+        if step is not None:
+            raise ArgumentError(
+                f"step is {step}, but this transform counts no steps, as nothing in it depends on them. Leave it out."
+            )
+        return state._replace(**fields)
+    taken = [_steps_of(entry) for entry in entries]
+    counted = not isinstance(state, SgdState)  # torch.optim.SGD keeps no count, only what has begun
+    total = _total(taken, step, unknown=not counted and _may_have_stepped(saved))
+    fields["step"] = torch.full_like(state.step, total)
+    if isinstance(state.missed, Tensor):
+        fields["missed"] = state.missed.new_tensor(
+            [total - own if counted or not own else 0 for own in taken], dtype=torch.int64
+        )
     return state._replace(**fields)
 
 
@@ -120,7 +135,7 @@ def to_torch_optim_state(state: Any, target: torch.optim.Optimizer | Mapping[str
     _check_namesake(state)
     saved = _saved("target", target)
     indices = [index for group in saved["param_groups"] for index in group["params"]]
-    columns = {name: tree.leaves(field) for name, field in state._asdict().items() if name != "step"}
+    columns = {name: tree.leaves(field) for name, field in state._asdict().items() if name not in COUNTS}
     kept = {name: column for name, column in columns.items() if column}
     wrong = [f"{name} of {len(column)}" for name, column in kept.items() if len(column) != len(indices)]
     if wrong:
@@ -132,9 +147,13 @@ def to_torch_optim_state(state: Any, target: torch.optim.Optimizer | Mapping[str
         index: {name: column[place].detach().clone() for name, column in kept.items()}
         for place, index in enumerate(indices)
     }
-    if not isinstance(state, SgdState):
-        for entry in entries.values():
-            entry["step"] = state.step.detach().to(torch.get_default_dtype())
+    counted = isinstance(state.step, Tensor)
+    missed = state.missed if isinstance(state.missed, Tensor) else [0] * len(indices)
+    for index, own in zip(indices, missed, strict=True):
+        if not isinstance(state, SgdState):
+            entries[index]["step"] = (state.step - own).detach().to(torch.get_default_dtype())
+        elif counted and state.step == own:
+            del entries[index]  # torch.optim.SGD does not dampen a parameter's first gradient, which it knows by this
     return {**saved, "state": entries}
 
 
@@ -157,7 +176,9 @@ def _check_namesake(state: Any) -> None:
 
 
 def _taken(entry: Mapping[str, Any], name: str, like: Tensor) -> Tensor:
-    """A copy of what the optimizer holds for one parameter under this name."""
+    """A copy of what the optimizer holds for one parameter under this name; the initial value where it holds nothing."""
+    if not _holds(entry):
+        return like
     value = entry.get(name)
     if not isinstance(value, Tensor) or value.shape != like.shape:
         raise StructureError(
@@ -175,14 +196,31 @@ def _whole(step: Any) -> int:
     return int(number)
 
 
-def _steps_taken(entries: Mapping[int, Mapping[str, Any]], step: int | None) -> int:
+def _holds(entry: Mapping[str, Any]) -> bool:
+    return any(value is not None for value in entry.values())
+
+
+def _steps_of(entry: Mapping[str, Any]) -> int:
+    """How many steps the optimizer took with a parameter; SGD, which does not count, tells none from some."""
+    return int(entry["step"]) if "step" in entry else int(_holds(entry))
+
+
+def _may_have_stepped(saved: Mapping[str, Any]) -> bool:
+    """Whether torch.optim.SGD may have taken a step: without momentum it keeps nothing that would tell."""
+    held = any(_holds(entry) for entry in saved["state"].values())
+    return held or any(group.get("momentum") == 0 for group in saved["param_groups"])
+
+
+def _total(taken: list[int], step: int | None, *, unknown: bool) -> int:
     """The number of steps, as said or as counted by the optimizer."""
-    counted = {int(entry["step"]) for entry in entries.values() if "step" in entry}
-    if step is None and len(counted) == 1:
-        return counted.pop()
-    if step is None:
+    least = max(taken, default=0)
+    if step is None and unknown:
         raise ArgumentError(
-            f"the optimizer has counted {sorted(counted) or 'no'} steps, expected one number. Pass step=, the number "
-            "of steps taken so far."
+            "the optimizer has counted no steps, expected their number. Pass step=, the number of steps taken so far."
         )
-    return step
+    if step is not None and step < least:
+        raise ArgumentError(
+            f"step is {step}, but the optimizer has taken at least {least}. Pass step=, the number of steps that it "
+            f"has taken."
+        )
+    return least if step is None else step

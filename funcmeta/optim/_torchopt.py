@@ -83,7 +83,7 @@ def to_torchopt(transform: Transform) -> Any:
             return transform.update(updates, state, params)
         with torch.no_grad():
             new, state = transform.update(updates, state, params)
-            return tree.map(lambda old, value: old.copy_(value), updates, new), state
+            return tree.map(lambda old, value: None if value is None else old.copy_(value), updates, new), state
 
     return _torchopt().base.GradientTransformation(transform.init, update)
 

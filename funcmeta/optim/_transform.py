@@ -21,12 +21,13 @@ class Transform(NamedTuple):
     state₀ = init(θ₀); (u, state') = update(g, state, θ); θ' = θ + u.
 
     Updates are ADDED to the parameters, so a descent method returns negative multiples of the gradient. Neither
-    function writes to its arguments.
+    function writes to its arguments. A gradient may be None, as ``param.grad`` is where a loss did not use the
+    parameter: then the update is None too, and the parameter and what the state keeps for it stay as they are.
 
     Attributes:
         init: from the parameters (any tree of tensors) to the state, a NamedTuple of trees of tensors.
         update: from (gradients, state, parameters) to (updates, new state); gradients and updates are trees like the
-            parameters, with the same shapes and dtypes.
+            parameters, with the same shapes and dtypes, or None where there is no gradient.
         advance: from (gradients, state, parameters) to (new parameters, new state), when that can be done in fewer
             passes over memory than `update` followed by `apply_updates`; else None. The function `advance` uses it.
 
@@ -61,7 +62,7 @@ class MaskedState(NamedTuple):
 def apply_updates(params: Tree, updates: Tree) -> Tree:
     """The parameters after one step.
 
-    θ' = θ + u, leaf by leaf; nothing is written in place.
+    θ' = θ + u, leaf by leaf; nothing is written in place. Where the update is None the parameter stays.
 
     Args:
         params: any tree of tensors.
@@ -79,7 +80,15 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
 
     Source: optax.apply_updates (https://optax.readthedocs.io).
     """
-    tree.check_same(params, updates, name="updates", advice="Pass what Transform.update returned for these parameters.")
+    advice = "Pass what Transform.update returned for these parameters."
+    given = tree.leaves(updates)
+    if any(update is None for update in given):
+        column = tree.aligned(params, updates, name="updates", advice=advice)
+        pairs = list(zip(tree.leaves(params), column, strict=True))
+        kept = tree.like(params, [param if update is None else update for param, update in pairs])
+        tree.check_same(params, kept, name="updates", advice=advice)
+        return tree.like(params, [param if update is None else param + update for param, update in pairs])
+    tree.check_same(params, updates, name="updates", advice=advice)
     return tree.map(operator.add, params, updates)
 
 
@@ -176,7 +185,7 @@ def masked(
 ) -> Transform:
     """Apply a transform to some of the parameters only; the others stay as they are.
 
-    The other parameters get zero updates (they are frozen, as ANIL freezes the body of a network), unless `otherwise`
+    The other parameters get zero updates, or None where their gradient is None (they are frozen, as ANIL freezes the body of a network), unless `otherwise`
     says what they go through instead: another optimizer, or `chain()`, the identity, which is what a mask inside of a
     chain wants, as in `chain(masked(add_weight_decay(0.1), is_weight, otherwise=chain()), sgd(lr))`.
 
@@ -223,7 +232,7 @@ def masked(
         inputs = dict(zip(chosen, column, strict=True))
         updates, selected = transform.update({name: inputs[name] for name in named[0]}, state.selected, named[0])
         if otherwise is None:
-            rest, others = {name: torch.zeros_like(leaf) for name, leaf in named[1].items()}, ()
+            rest, others = {name: _still(leaf, inputs[name]) for name, leaf in named[1].items()}, ()
         else:
             rest, others = otherwise.update({name: inputs[name] for name in named[1]}, state.others, named[1])
         every = {**updates, **rest}
@@ -253,6 +262,11 @@ def _selection(where: Tree | Callable[[str], bool], params: Tree) -> dict[str, b
         if not isinstance(value, bool):
             raise ArgumentError(f"where gives {tree.describe(value)} for {name!r}, expected True or False.")
     return dict(zip(names, picks, strict=True))
+
+
+def _still(param: Tensor, grad: Tensor | None) -> Tensor | None:
+    """The update of a parameter that no transform moves."""
+    return None if grad is None else torch.zeros_like(param)
 
 
 def _part(key: Any) -> str:

@@ -156,7 +156,11 @@ def _partly_detached(problem: Problem, share: float) -> Problem:
 
     def rule(objective: Objective, params: Tree) -> Gradient:
         value, aux, grads = exact(objective, params)
-        return Gradient(value, aux, tree.map(lambda grad: (1 - share) * grad + share * grad.detach(), grads))
+
+        def lose(grad: Tensor | None) -> Tensor | None:
+            return None if grad is None else (1 - share) * grad + share * grad.detach()
+
+        return Gradient(value, aux, tree.map(lose, grads))
 
     def step(meta: Meta, state: Any, batch: Batch, seed: int) -> tuple[Any, StepInfo]:
         with steered(rule):

@@ -51,6 +51,71 @@ def test_all_coordinates_at_once_equal_a_loop_over_tensors(kind: str) -> None:
         torch.testing.assert_close(together[name], param, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", [*SHARED, "hyperparameters"])
+def test_a_parameter_without_a_gradient_stays(kind: str) -> None:
+    """So does what is kept for it: each tensor by itself, which takes no step then, comes to the same."""
+    torch.manual_seed(0)
+    params = tensors(1)
+    makers = {**SHARED, "hyperparameters": lambda: learned.hyperparameters(params, momentum=0.5, per="coordinate")}
+    optimizer = makers[kind]().double()
+    gradients: list[Any] = [
+        {name: None if (place + step) % 3 == 0 or name == "kernel" else grad for place, (name, grad) in enumerate(row)}
+        for step, row in enumerate([list(tensors(seed).items()) for seed in (2, 3, 4, 5)])
+    ]
+    transform = fm.as_transform(optimizer)
+    together, state = run(transform, params, gradients)
+    fm.tree.check_same(transform.init(params), state)
+    assert torch.equal(together["kernel"], params["kernel"])
+    for name, param in params.items():
+        moves = [row[name] for row in gradients if row[name] is not None]
+        own = {"w": param}
+        if kind == "hyperparameters":
+            rate = optimizer.log_lr[0].exp()  # the logarithm is one of single precision
+            alone, _ = run(fm.optim.sgd(rate, momentum=0.5), own, [{"w": grad} for grad in moves])
+        else:
+            alone, _ = run(transform, own, [{"w": grad} for grad in moves])
+        torch.testing.assert_close(together[name], alone["w"], rtol=1e-12, atol=1e-14)
+    nothing = dict.fromkeys(params)
+    updates, after = transform.update(nothing, state, params)
+    assert updates == nothing
+    for before, now in zip(fm.tree.leaves(state), fm.tree.leaves(after), strict=True):
+        if before.is_floating_point():  # means over no coordinates at all are NaN
+            torch.testing.assert_close(now, before, rtol=0, atol=0, equal_nan=True)
+
+
+class Whole(fm.LearnedOptimizer):
+    """An optimizer of whole trees, with what it does to each gradient."""
+
+    whole = True
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.act = act
+
+    def init_state(self, param: Any) -> tuple[()]:
+        return ()
+
+    def forward(self, param: Any, grad: Any, state: tuple[()]) -> tuple[Any, tuple[()]]:
+        return fm.tree.map(self.act, param, grad), state
+
+
+def test_an_optimizer_of_whole_trees_meets_no_gradient() -> None:
+    params = {"a": torch.ones(2), "b": torch.ones(3)}
+    grads = {"a": torch.ones(2), "b": None}
+    moved, _ = run(fm.as_transform(Whole(lambda param, grad: None if grad is None else -grad)), params, [grads])
+    assert (moved["a"].tolist(), moved["b"].tolist()) == ([0.0, 0.0], [1.0] * 3)
+    with pytest.raises(fm.StructureError, match=r"Whole takes whole trees and failed on a gradient that is None: .*Let"):
+        run(fm.as_transform(Whole(lambda param, grad: -grad)), params, [grads])
+    with pytest.raises(TypeError, match="a reason of its own"):
+        run(fm.as_transform(Whole(_raising)), params, [params])
+    with pytest.raises(fm.StructureError, match=r"update is float32\[3\] on cpu for a parameter without a gradient"):
+        run(fm.as_transform(Whole(lambda param, grad: -param)), params, [grads])
+
+
+def _raising(param: Tensor, grad: Tensor) -> Tensor:
+    raise TypeError("a reason of its own")
+
+
 @pytest.mark.parametrize("kind", SHARED)
 def test_the_number_of_weights_does_not_depend_on_what_is_optimized(kind: str) -> None:
     optimizer = SHARED[kind]()
@@ -251,6 +316,7 @@ VECTOR = {"w": torch.ones(2)}
         (lambda: learned.lstm(layers=1.5), fm.ArgumentError, "layers is 1.5"),
         (lambda: learned.lstm(preprocess="log"), fm.ArgumentError, "preprocess is 'log', expected one of"),
         (lambda: learned.lstm(p=100.0), fm.ArgumentError, "p is 100.0, expected at most 80"),
+        (lambda: learned.lstm(preprocess="none", p=5.0), fm.ArgumentError, "p is 5.0 with preprocess='none'.*Leave p"),
         (lambda: learned.linear(gradient=torch.nan), fm.ArgumentError, "gradient is nan, expected a finite number"),
         (lambda: learned.lstm(p=0), fm.ArgumentError, "p is 0, expected a positive number"),
         (lambda: learned.rnnprop(beta1=1.0), fm.ArgumentError, r"beta1 is 1.0, expected a number in \[0, 1\)"),

@@ -204,11 +204,27 @@ BAD: dict[str, tuple[Callable[[], Any], type[FuncmetaError], str]] = {
         StructureError,
         "max_norm is float32[2] on cpu, expected one number",
     ),
-    "numbers as parameters": (lambda: optim.sgd(0.1).init([1.0]), StructureError, "Wrap numbers in torch.tensor"),
-    "gradient missing": (
-        lambda: once(optim.sgd(0.1), {**GRADS, "head": None}),
+    "vector for a norm": (
+        lambda: optim.clip_by_norm(torch.ones(3)),
         StructureError,
-        "a gradient is None (NoneType), but its parameter is float32[1] on cpu",
+        "max_norm is float32[3] on cpu, expected one number or 0-d tensor for each tensor",
+    ),
+    "vector in a tree for a norm": (
+        lambda: optim.clip_by_norm({**dict.fromkeys(PARAMS, 1.0), "head": torch.ones(1)}),
+        StructureError,
+        "max_norm['head'] is float32[1] on cpu, expected one number",
+    ),
+    "vector of a schedule for a norm": (
+        lambda: once(optim.clip_by_norm(lambda step: torch.ones(2))),
+        StructureError,
+        "max_norm(step) is float32[2] on cpu, expected one number",
+    ),
+    "numbers as parameters": (lambda: optim.sgd(0.1).init([1.0]), StructureError, "Wrap numbers in torch.tensor"),
+    "gradient that is a number": (
+        lambda: once(optim.sgd(0.1), {**GRADS, "head": 0.0}),
+        StructureError,
+        "a gradient is 0.0 (float), but its parameter is float32[1] on cpu. Pass one dense gradient of the same shape "
+        "on the same device for each; None where the loss does not depend on it",
     ),
     "gradient of another shape": (
         lambda: once(optim.adam(), {**GRADS, "head": torch.ones(())}),
