@@ -109,23 +109,21 @@ def reaches(node: Node, inputs: Iterable[Tensor]) -> bool:
 
 
 def original_function(function: Any) -> Any:
-    """The autograd.Function that its author wrote; under ``vmap`` torch makes another of it at each call."""
-    cells = [cell.cell_contents for cell in getattr(function.backward, "__closure__", None) or ()]
-    behind = [cell for cell in cells if isinstance(cell, type) and issubclass(cell, torch.autograd.Function)]
-    return behind[0] if behind and function.__module__ == _MADE_BY_FUNCTORCH else function
+    """The autograd.Function that its author wrote; under ``torch.func`` torch makes another of it at each call."""
+    if function.__module__ != _MADE_BY_FUNCTORCH:
+        return function
+    cells = [cell.cell_contents for cell in function.backward.__closure__ or ()]
+    behind = [each for each in cells if isinstance(each, type) and issubclass(each, torch.autograd.Function)]
+    return next((each for each in behind if each is not function), function)
 
 
 def _differentiable_once(function: Any) -> Any:
-    """The autograd.Function whose backward is marked so; under ``torch.func`` a generated one refers to it."""
+    """The autograd.Function whose backward is marked so."""
     if function is None:
         return None
-    cells = [cell.cell_contents for cell in getattr(function.backward, "__closure__", None) or ()]
-    behind = [cell for cell in cells if isinstance(cell, type) and issubclass(cell, torch.autograd.Function)]
-    for each in (function, *behind):
-        code = getattr(each.backward, "__code__", None)
-        if code is not None and code.co_qualname == _ONCE:
-            return each
-    return None
+    function = original_function(function)
+    code = getattr(function.backward, "__code__", None)
+    return function if code is not None and code.co_qualname == _ONCE else None
 
 
 def check_declared(roots: Iterable[Tensor], declared: Iterable[Tensor], where: Any) -> Reached:

@@ -100,13 +100,12 @@ class Doubts:
             return torch.stack(each).sum()
 
         if parts:
+            close, move = _COTANGENT_ACCURACY.get(total.dtype, (0.1, 0.1))
             slope = _slope(projected(found), [cotangent], [torch.ones_like(cotangent)])
-            accuracy = _accuracy(total.dtype)
-            if abs(slope - len(parts)) > accuracy * len(parts):
-                move = accuracy**0.5
+            if abs(slope - len(parts)) > close * len(parts):
                 ends = [projected(pulled(torch.full_like(total, 1 + way * move))) for way in (1, -1)]
-                difference = float(ends[0] - ends[1]) / (2 * move)
-                self._complete = abs(slope - difference) <= 10 * accuracy**0.5 * max(abs(difference), 1.0)
+                difference = float((ends[0] - ends[1]).detach()) / (2 * move)
+                self._complete = abs(slope - difference) <= close * max(abs(difference), len(parts))
         return found
 
     def settle(self, evaluate: Callable[[], Any], outside: Callable[[], Any]) -> None:
@@ -181,7 +180,7 @@ class _Call:
     def __init__(self, function: type, args: Sequence[Any], options: dict[str, Any]) -> None:
         tensors = [each for each in args if isinstance(each, Tensor)]
         self.inside_functorch = any(is_functorch_wrapped_tensor(each) for each in tensors)
-        self.sort = function, self.inside_functorch, *map(_sort, args)
+        self.sort = original_function(function), self.inside_functorch, *map(_sort, args)
         self.name = original_function(function).__name__
         self._function, self._options, self._draws = function, options, rng.states()
         self._args = [each.detach() if isinstance(each, Tensor) else each for each in args]
@@ -285,5 +284,9 @@ def _slope(value: Tensor, inputs: Sequence[Tensor], directions: Sequence[Tensor]
 
 
 def _accuracy(dtype: torch.dtype) -> float:
-    """The size of a move, relative, and of what counts as equal, in a dtype."""
-    return {torch.float64: 1e-3, torch.float32: 1e-2}.get(dtype, 0.1)
+    """The size of a move of a Function's inputs, relative, and of what counts as equal."""
+    return 1e-3 if dtype is torch.float64 else 1e-2
+
+
+_COTANGENT_ACCURACY = {torch.float64: (1e-5, 1e-3), torch.float32: (3e-3, 3e-2)}
+"""What counts as equal, and the size of a move of the cotangent, of which most gradients are a linear function."""
