@@ -184,9 +184,7 @@ class _Call:
         self.name = original_function(function).__name__
         self._function, self._options, self._draws = function, options, rng.states()
         self._args = [each.detach() if isinstance(each, Tensor) else each for each in args]
-        self._moved = [
-            isinstance(each, Tensor) and each.requires_grad and each.is_floating_point() for each in args
-        ]
+        self._moved = [isinstance(each, Tensor) and each.requires_grad and each.is_floating_point() for each in args]
 
     def lost(self) -> str:
         """What the gradient depends on without a graph, if anything; nothing where it cannot be told.
@@ -246,7 +244,10 @@ class _Call:
             with exact_layers():
                 results = self._function.apply(*args, **self._options)  # type: ignore[attr-defined]
             outputs = [each for each in tree.tensors(results) if each.requires_grad]
-            by = [inner_leaf(_direction(each, _UNMOVED) + by_cotangent * _direction(each, _COTANGENTS)) for each in outputs]
+            by = [
+                inner_leaf(_direction(each, _UNMOVED) + by_cotangent * _direction(each, _COTANGENTS))
+                for each in outputs
+            ]
             if not outputs:
                 return points, by, []
             found = torch.autograd.grad(outputs, points, by, create_graph=graph, materialize_grads=True)

@@ -58,5 +58,9 @@ def _register_hook(tensor: Tensor, hook: Callable[..., Any]) -> Any:
     return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-WATCHED: dict[Any, Callable[..., Any]] = {torch.autograd.grad: _grad, Tensor.backward: _backward, Tensor.register_hook: _register_hook}
+WATCHED: dict[Any, Callable[..., Any]] = {
+    torch.autograd.grad: _grad,
+    Tensor.backward: _backward,
+    Tensor.register_hook: _register_hook,
+}
 """What a mode has to call in place of torch's own functions, so that they are watched."""
