@@ -83,6 +83,9 @@ def _batch_norm(
 ) -> Tensor:
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    fits = eps > 0 and _fits(input, input.shape[1:2].numel(), weight, bias, running_mean, running_var)
+    if input.dim() < 2 or _per_channel(input) == 1 or not fits:
+        return _by_torch(F.batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
     if running_mean is not None:
         F.batch_norm(input.detach(), running_mean, running_var, training=True, momentum=momentum, eps=eps)
     shape = (1, -1) + (1,) * (input.dim() - 2)
@@ -101,6 +104,10 @@ def _instance_norm(
 ) -> Tensor:
     if not use_input_stats:
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    fits = _fits(input, input.shape[1:2].numel(), weight, bias, running_mean, running_var)
+    if input.dim() < 3 or input.shape[2:].numel() == 1 or not fits:
+        arguments = input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        return _by_torch(F.instance_norm, *arguments)
     if running_mean is not None:
         F.instance_norm(input.detach(), running_mean, running_var, momentum=momentum, eps=eps)
     shape = (1, -1) + (1,) * (input.dim() - 2)
@@ -114,7 +121,37 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    return _normalized(input, tuple(range(-len(normalized_shape), 0)), weight, bias, tuple(normalized_shape), eps)
+    shape = tuple(normalized_shape)
+    like = all(each is None or each.shape == shape for each in (weight, bias))
+    if not shape or input.shape[-len(shape) :] != shape or not like or not _fits(input, math.prod(shape), weight, bias):
+        return _by_torch(F.layer_norm, input, shape, weight, bias, eps)
+    return _normalized(input, tuple(range(-len(shape), 0)), weight, bias, shape, eps)
+
+
+def _per_channel(input: Tensor) -> int:
+    """How many values of one task there are for each channel."""
+    return input.shape[:1].numel() * input.shape[2:].numel()
+
+
+def _fits(input: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None) -> bool:
+    """Whether these have as many numbers as torch wants, in the dtype of the input: elementary operations broadcast."""
+    short = input.dtype in (torch.float16, torch.bfloat16)
+    return all(each is None or each.numel() == count for each in (weight, bias, *statistics)) and all(
+        each is None or each.dtype is input.dtype or short for each in (weight, bias)
+    )
+
+
+def _by_torch(layer: Callable[..., Tensor], *args: Any) -> Tensor:
+    """What torch makes of arguments that do not fit: mostly its own error.
+
+    It is asked about plain tensors of the same shapes first: its batching rules check less.
+    """
+    layer(*[_plain(each) for each in args])
+    return layer(*args)
+
+
+def _plain(value: Any) -> Any:
+    return torch.zeros(value.shape, dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else value
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -163,6 +200,8 @@ def _native_batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
+    if training and (input.dim() < 2 or _per_channel(input) == 1):  # only torch.nn.functional refuses that
+        return torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled)
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
@@ -177,6 +216,9 @@ def _native_instance_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
+    if use_input_stats and (input.dim() < 3 or input.shape[2:].numel() == 1):
+        rest = weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled
+        return torch.instance_norm(input, *rest)
     return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
@@ -246,16 +288,19 @@ _EXACT: dict[Any, Callable[..., Any]] = {
 
 
 def _mse_loss(input: Tensor, target: Tensor, *old: Any, **options: Any) -> Tensor:
-    if old or any(value is not None for name, value in options.items() if name != "reduction"):
+    unusual = old or any(value is not None for name, value in options.items() if name != "reduction")
+    if unusual or options.get("reduction", "mean") not in _REDUCTIONS:
         return F.mse_loss(input, target, *old, **options)
+    _let_torch_compare(input, target)
     return _reduced((input - target) ** 2, options.get("reduction", "mean"))
 
 
 def _huber_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
 ) -> Tensor:
-    if weight is not None:
+    if weight is not None or reduction not in _REDUCTIONS or not delta > 0:
         return F.huber_loss(input, target, reduction, delta, weight)  # type: ignore[call-arg]
+    _let_torch_compare(input, target)
     distance = (input - target).abs()
     near = distance.clamp(max=delta)
     return _reduced(near * (distance - 0.5 * near), reduction)
@@ -264,11 +309,24 @@ def _huber_loss(
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
+    divides = input.dim() > 1 and num_groups > 0 and input.shape[1] % num_groups == 0
+    one = divides and _per_channel(input) * input.shape[1] == num_groups
+    if not divides or one or input.numel() == 0 or not _fits(input, input.shape[1:2].numel(), weight, bias):
+        return _by_torch(F.group_norm, input, num_groups, weight, bias, eps)
     grouped = input.reshape(input.shape[0], num_groups, -1)
     normal = _normalized(grouped, (2,), None, None, (), eps).reshape(input.shape)
     shape = (1, -1) + (1,) * (input.dim() - 2)
     scaled = normal if weight is None else normal * weight.reshape(shape)
     return scaled if bias is None else scaled + bias.reshape(shape)
+
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def _let_torch_compare(input: Tensor, target: Tensor) -> None:
+    """Warn or raise as torch does where the two differ in size."""
+    if input.shape != target.shape:
+        F.mse_loss(_plain(input), _plain(target))
 
 
 def _reduced(values: Tensor, reduction: str) -> Tensor:

@@ -13,6 +13,7 @@ from funcmeta._batching import Level, task_level
 from funcmeta._check import check_flag
 from funcmeta._errors import DetachedError, LossError, StructureError
 from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
+from funcmeta._lost_order import tried_here, trying
 from funcmeta._typing import Tree
 from funcmeta._watch import watched
 
@@ -152,20 +153,28 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
         with left(tasks, tree.leaves(params)) as whole:
             leaves = [alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf) for leaf in whole]
         inputs = tree.like(params, leaves if tasks is None else [tasks.lift(leaf) for leaf in leaves])
-        value, aux = objective(inputs)
+        with trying(tried_here()) as tried:
+            value, aux = objective(inputs)
         with left(tasks, tree.tensors((value, aux) if attached else value)) as results:
             total = results[0] if tasks is None else results[0].sum()
             check_depends(total.requires_grad)
             attached = attached and _has_graph_beyond(results, whole, leaves)
-            if differentiable and attached:
-                check_differentiable_again(total, leaves)
+            doubts, again = None, differentiable and attached
+            if again:
+                doubts = tried.doubts(check_differentiable_again(total, leaves), leaves)
             with watched(False):
-                found = torch.autograd.grad(
-                    total, leaves, create_graph=differentiable and attached, retain_graph=attached, allow_unused=True
-                )
+                if doubts:
+                    found = doubts.gradient(total, leaves)
+                else:
+                    found = torch.autograd.grad(
+                        total, leaves, create_graph=again, retain_graph=attached, allow_unused=True
+                    )
             check_depends(any(grad is not None for grad in found))
             if attached:
                 retire(leaves)
+        if doubts:
+            with trying(tried):
+                doubts.settle(lambda: objective(inputs), lambda: left(tasks, []))
     if tasks is not None:
         found = [None if grad is None else tasks.lift(grad) for grad in found]
     if not attached:

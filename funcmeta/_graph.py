@@ -16,6 +16,8 @@ OPAQUE_EDGES = "opaque_edges"
 
 _RETIRED = "_funcmeta_retired"
 _COMPILED = "CompiledFunctionBackward"
+_FROM_CPP = "CppFunction"
+_MADE_BY_FUNCTORCH = "torch._functorch.autograd_function"
 _ONCE = "once_differentiable.<locals>.wrapper"
 
 
@@ -66,34 +68,62 @@ def walk(roots: Iterable[Tensor], stop: Iterable[Tensor] = (), *, everywhere: bo
     return Reached(seen, leaves)
 
 
-def check_differentiable_again(loss: Tensor, inputs: Iterable[Tensor]) -> None:
-    """Raise ``DetachedError`` when torch would drop the derivative of the gradient of ``loss`` without an error."""
+def check_differentiable_again(loss: Tensor, inputs: Iterable[Tensor]) -> list[Node]:
+    """Raise ``DetachedError`` when torch would drop the derivative of the gradient of ``loss`` without an error.
+
+    Returns:
+        The nodes whose backward pass is not torch's own, and not the library's: they may drop some of it as well.
+    """
+    foreign = []
     for node in walk([loss], inputs).nodes:
-        if type(node).__name__ == _COMPILED:
+        kind = type(node).__name__
+        if kind == _COMPILED:
             raise DetachedError(
                 "The inner loss runs a function compiled by torch.compile, whose gradient torch does not differentiate "
                 "again: the meta-gradient would be of first order. Compile nothing in the loss, or use FirstOrder()."
             )
-        function = _differentiable_once(getattr(node, "_forward_cls", None))
+        made_by = getattr(node, "_forward_cls", None)
+        if kind == _FROM_CPP or (made_by is not None and not made_by.__module__.startswith("funcmeta.")):
+            foreign.append(node)
+        function = _differentiable_once(made_by)
         if function is not None:
             raise DetachedError(
                 f"The inner loss runs {function.__name__}, an autograd.Function whose backward is marked "
                 f"once_differentiable: the meta-gradient would be of first order. Give it a differentiable backward, "
                 f"or use FirstOrder()."
             )
+    return foreign
+
+
+def reaches(node: Node, inputs: Iterable[Tensor]) -> bool:
+    """Whether a way leads down from a node to one of these leaves or results of ``alias``."""
+    ends = {torch.autograd.graph.get_gradient_edge(each).node for each in inputs}
+    seen, todo = {node}, [node]
+    while todo:
+        below = {each for each, _ in todo.pop().next_functions if each is not None} - seen
+        if below & ends:
+            return True
+        seen |= below
+        todo.extend(below)
+    return False
+
+
+def original_function(function: Any) -> Any:
+    """The autograd.Function that its author wrote; under ``torch.func`` torch makes another of it at each call."""
+    if function.__module__ != _MADE_BY_FUNCTORCH:
+        return function
+    cells = [cell.cell_contents for cell in function.backward.__closure__ or ()]
+    behind = [each for each in cells if isinstance(each, type) and issubclass(each, torch.autograd.Function)]
+    return next((each for each in behind if each is not function), function)
 
 
 def _differentiable_once(function: Any) -> Any:
-    """The autograd.Function whose backward is marked so; under ``torch.func`` a generated one refers to it."""
+    """The autograd.Function whose backward is marked so."""
     if function is None:
         return None
-    cells = [cell.cell_contents for cell in getattr(function.backward, "__closure__", None) or ()]
-    behind = [cell for cell in cells if isinstance(cell, type) and issubclass(cell, torch.autograd.Function)]
-    for each in (function, *behind):
-        code = getattr(each.backward, "__code__", None)
-        if code is not None and code.co_qualname == _ONCE:
-            return each
-    return None
+    function = original_function(function)
+    code = getattr(function.backward, "__code__", None)
+    return function if code is not None and code.co_qualname == _ONCE else None
 
 
 def check_declared(roots: Iterable[Tensor], declared: Iterable[Tensor], where: Any) -> Reached:

@@ -47,5 +47,20 @@ def _backward(tensor: Tensor, *args: Any, **options: Any) -> Any:
     return tensor.backward(*args, **options)  # type: ignore[no-untyped-call]
 
 
-WATCHED: dict[Any, Callable[..., Any]] = {torch.autograd.grad: _grad, Tensor.backward: _backward}
+hooks_noted: ContextVar[Any] = ContextVar("funcmeta_hooks", default=None)
+"""An object to whose set ``hooks`` each hook is added that is registered on a tensor."""
+
+
+def _register_hook(tensor: Tensor, hook: Callable[..., Any]) -> Any:
+    noted = hooks_noted.get()
+    if noted is not None:
+        noted.hooks.add(getattr(hook, "__code__", type(hook)))
+    return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
+WATCHED: dict[Any, Callable[..., Any]] = {
+    torch.autograd.grad: _grad,
+    Tensor.backward: _backward,
+    Tensor.register_hook: _register_hook,
+}
 """What a mode has to call in place of torch's own functions, so that they are watched."""

@@ -22,6 +22,7 @@ from funcmeta._guard import (
     check_has_data,
     check_replayable,
 )
+from funcmeta._lost_order import Tried, trying
 from funcmeta._typing import Batch, Meta
 from funcmeta._watch import watched
 from funcmeta.estimators import Estimator, Particles, Primal, Reverse
@@ -225,7 +226,7 @@ def _bind(
     problem: Problem, task: Task, carry: Carry | None, start: int, stop: int, seed: int, tasks: int | None
 ) -> Primal:
     """The problem on this task: seeds, batches and the task dimension filled in, every result checked."""
-    attached = torch.is_grad_enabled()
+    attached, tried = torch.is_grad_enabled(), Tried()
     over = (lambda fn: fn) if tasks is None else partial(per_task, tasks=tasks)
     take_step, judge = over(problem.step), problem.meta_loss and over(problem.meta_loss)
     shape = () if tasks is None else (tasks,)
@@ -244,7 +245,7 @@ def _bind(
 
     def step(meta: Meta, state: Any, index: int) -> tuple[Any, StepInfo]:
         batch, own_seed = _batch(task.support, index), rng.fold(seed, 1, index)
-        with _controlled(own_seed), watched(attached or None):
+        with _controlled(own_seed), watched(attached or None), trying(tried):
             following, info = _pair(take_step(meta, state, batch, own_seed))
         check_loss(info.loss, name=f"The inner loss of step {index}", shape=shape)
         advice = f"Step {index} changed it; let every step return the state as it came, new values apart."

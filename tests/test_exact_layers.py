@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,87 @@ def test_weight_normalization_is_that_of_torch(dim: int | None) -> None:
     with ExactLayers():
         got = layer(x)
     torch.testing.assert_close(got, layer(x), rtol=1e-12, atol=1e-12)
+
+
+REFUSED: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Any]]] = {
+    "batch norm of one image with one pixel": ((1, 3, 1, 1), lambda x: F.batch_norm(x, None, None, training=True)),
+    "batch norm with one weight": ((5, 3), lambda x: F.batch_norm(x, None, None, x.new_ones(1), training=True)),
+    "batch norm with one bias": ((5, 3), lambda x: F.batch_norm(x, None, None, None, x.new_ones(1), training=True)),
+    "batch norm with other statistics": (
+        (5, 3),
+        lambda x: F.batch_norm(x, torch.ones(1), torch.ones(1), training=True),
+    ),
+    "batch norm with a weight in float32": (
+        (5, 3),
+        lambda x: F.batch_norm(x, None, None, torch.ones(3), training=True),
+    ),
+    "batch norm without eps": ((5, 3), lambda x: F.batch_norm(x, None, None, training=True, eps=0.0)),
+    "torch's batch norm with one weight": (
+        (5, 3),
+        lambda x: torch.batch_norm(x, x.new_ones(1), None, None, None, True, 0.1, 1e-5, False),
+    ),
+    "instance norm of one pixel": ((4, 3, 1, 1), lambda x: F.instance_norm(x)),
+    "instance norm of rows": ((4, 3), lambda x: F.instance_norm(x)),
+    "instance norm with one weight": ((4, 3, 5), lambda x: F.instance_norm(x, weight=x.new_ones(1))),
+    "layer norm of another width": ((4, 6), lambda x: F.layer_norm(x, (2,))),
+    "layer norm of too many dimensions": ((4, 6), lambda x: F.layer_norm(x, (5, 4, 6))),
+    "layer norm of nothing": ((4, 6), lambda x: F.layer_norm(x, ())),
+    "layer norm with one weight": ((4, 6), lambda x: F.layer_norm(x, (6,), x.new_ones(1))),
+    "layer norm with a flat weight": ((4, 2, 3), lambda x: F.layer_norm(x, (2, 3), x.new_ones(6))),
+    "layer norm with a bias in float32": ((4, 6), lambda x: F.layer_norm(x, (6,), None, torch.ones(6))),
+    "group norm that does not divide": ((4, 3, 2), lambda x: F.group_norm(x, 2)),
+    "group norm of one value": ((1, 3), lambda x: F.group_norm(x, 3)),
+    "group norm of vectors": ((4,), lambda x: F.group_norm(x, 2)),
+    "group norm with one weight": ((4, 6), lambda x: F.group_norm(x, 2, x.new_ones(1))),
+    "mse by an unknown reduction": ((4, 1), lambda x: F.mse_loss(x, x + 1, reduction="average")),
+    "huber by an unknown reduction": ((4, 1), lambda x: F.huber_loss(x, x + 1, reduction="average")),
+    "huber without width": ((4, 1), lambda x: F.huber_loss(x, x + 1, delta=0.0)),
+}
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["plain", "vmap"])
+@pytest.mark.parametrize(("shape", "layer"), REFUSED.values(), ids=REFUSED)
+def test_what_torch_refuses_is_refused_by_its_own_error(
+    shape: tuple[int, ...], layer: Callable[[Tensor], Any], batched: bool
+) -> None:
+    x = torch.randn(shape).double()
+    with pytest.raises((ValueError, RuntimeError)) as by_torch:
+        layer(x)
+    message = re.escape(str(by_torch.value).split(", but got ")[0])
+    with pytest.raises(by_torch.type, match=message), ExactLayers(), DualLayers():
+        torch.func.vmap(layer)(torch.stack([x, x])) if batched else layer(x)
+
+
+def test_what_torch_accepts_is_accepted() -> None:
+    """torch.batch_norm itself takes one example, F.batch_norm no rows, and a weight of as many numbers."""
+    taken: dict[Callable[[Tensor], Tensor], tuple[int, ...]] = {
+        (lambda x: torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False)): (1, 3),
+        (lambda x: torch.instance_norm(x, None, None, None, None, True, 0.1, 1e-5, False)): (4, 3),
+        (lambda x: F.batch_norm(x, None, None, training=True)): (0, 3),
+        (lambda x: F.batch_norm(x, None, None, x.new_full((1, 3), 2.0), training=True)): (5, 3),
+        (lambda x: F.group_norm(x, 3)): (0, 3),
+    }
+    for layer, shape in taken.items():
+        x = torch.randn(shape).double()
+        with ExactLayers(), DualLayers():
+            got = layer(x)
+        torch.testing.assert_close(got, layer(x))
+
+
+def test_a_loss_that_broadcasts_warns_as_in_torch() -> None:
+    x, y = torch.randn(4, 1), torch.randn(4)
+    for loss in (F.mse_loss, F.huber_loss):
+        with pytest.warns(UserWarning, match="target size"), DualLayers():
+            loss(x, y)
+
+
+@pytest.mark.parametrize("strategy", ["loop", "vmap"])
+def test_a_layer_of_another_width_does_not_train(strategy: Any) -> None:
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(1, track_running_stats=False), nn.Linear(4, 1))
+    problem = fm.inner_problem(net, lambda meta, predict, x: predict(x).square().mean(), optimizer=fm.optim.sgd(0.1))
+    tasks = fm.Task(torch.randn(3, 5, 2), torch.randn(3, 5, 2))
+    with pytest.raises(RuntimeError, match="weight should contain 4 elements not 1"):
+        fm.unroll_batch(problem, {"params": fm.init_params(net)}, tasks, steps=1, strategy=strategy)
 
 
 @layers

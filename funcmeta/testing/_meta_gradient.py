@@ -32,6 +32,7 @@ class MetaGradientCheck(NamedTuple):
         derivatives: one ``Derivative`` for each direction: those of all leaves together, then those of each leaf.
         vacuous: whether the first-order meta-gradient passes as well, so that nothing was shown about second order.
         probes: the directions and the finite differences along them.
+        seed: the seed of the training that was checked.
 
     Examples:
         >>> MetaGradientCheck(0.5, (Derivative("meta", 1.0, 1.0, 0.0),), False).worst.error
@@ -44,6 +45,7 @@ class MetaGradientCheck(NamedTuple):
     derivatives: tuple[Derivative, ...]
     vacuous: bool
     probes: tuple[Probe, ...] = ()
+    seed: int = 0
 
     def __str__(self) -> str:
         """One line a direction, the worst first."""
@@ -67,9 +69,9 @@ def check_meta_grad(
     memory: Memory = StoreAll(),  # noqa: B008
     strategy: Strategy | None = None,
     seed: int = 0,
-    directions: int = 1,
+    directions: int | None = None,
     tolerance: float = TOLERANCES.fixed,
-    order: int = 4,
+    order: int | None = None,
     allow_vacuous: bool = False,
     reference: MetaGradientCheck | None = None,
 ) -> MetaGradientCheck:
@@ -90,12 +92,13 @@ def check_meta_grad(
         memory: what the estimator keeps; the differences do not depend on it.
         strategy: None for ``unroll``; "vmap", "loop" or "auto" for ``unroll_batch``.
         seed: as for ``unroll``; the directions follow from it too.
-        directions: random directions for all leaves together, and as many for each leaf.
+        directions: random directions for all leaves together, and as many for each leaf; None for 1, or for those of
+            the reference.
         tolerance: the largest relative error that counts as agreement.
-        order: of the differences: 2, 4 or 6 meta-losses for each direction.
+        order: of the differences: 2, 4 or 6 meta-losses for each direction; None for 4, or for that of the reference.
         allow_vacuous: whether not to warn (``VacuousCheckWarning``) where the first-order meta-gradient would pass too.
-        reference: a check of the same problem, meta, task and steps, whose finite differences are used again; for
-            several estimators, memories or strategies.
+        reference: a check of the same problem, meta, task, steps and seed, whose finite differences are used again;
+            for several estimators, memories or strategies. It has its own ``directions`` and ``order``.
 
     Returns:
         The figures.
@@ -104,7 +107,8 @@ def check_meta_grad(
         MetaGradientMismatch: an error exceeds the tolerance; the message names leaves and figures.
         StructureError: a leaf is no tensor, or one that requires grad is not float64, or the meta-loss is not.
         ArgumentError: no leaf requires grad, or ``directions`` or ``tolerance`` is not positive,
-            there is no difference of this ``order``, or ``reference`` is no check.
+            there is no difference of this ``order``; ``reference`` is no check or has another seed, or ``directions``
+            or ``order`` is given beside it.
 
     Examples:
         >>> def step(meta, a, x, seed):
@@ -121,13 +125,11 @@ def check_meta_grad(
         Gradient checking as in ``torch.autograd.gradcheck``, along random directions as in its fast mode; the
         first-order control is this library's.
     """
+    _check_reference(reference, directions, order, seed)
+    directions, order = 1 if directions is None else directions, 4 if order is None else order
     _check_arguments(directions, tolerance)
     check_order(order)
     tree.check_tensors(meta, name="meta")
-    if reference is not None and not isinstance(reference, MetaGradientCheck):
-        raise ArgumentError(
-            f"reference is {reference!r}, expected a MetaGradientCheck. Pass what an earlier check returned."
-        )
 
     def run(meta: Meta, estimator: Estimator, memory: Memory) -> Tensor:
         if strategy is None:
@@ -178,7 +180,7 @@ def check_meta_grad(
             f"eps, for Adam and its kin), or a lower tolerance; or pass allow_vacuous=True."
         )
         warnings.warn(message, VacuousCheckWarning, stacklevel=2)
-    return MetaGradientCheck(value, derivatives, vacuous, found)
+    return MetaGradientCheck(value, derivatives, vacuous, found, seed)
 
 
 def _gradient(loss_of: Callable[[Leaves], Tensor], leaves: Leaves) -> tuple[Tensor, Leaves]:
@@ -220,6 +222,26 @@ def _mismatch(
         f"Look for a tensor that is detached on the way, an inner gradient that was not taken by value_and_grad, an "
         f"estimator that is not exact, or a kink in the loss."
     )
+
+
+def _check_reference(reference: Any, directions: Any, order: Any, seed: Any) -> None:
+    if reference is None:
+        return
+    if not isinstance(reference, MetaGradientCheck):
+        raise ArgumentError(
+            f"reference is {reference!r}, expected a MetaGradientCheck. Pass what an earlier check returned."
+        )
+    for name, value in (("directions", directions), ("order", order)):
+        if value is not None:
+            raise ArgumentError(
+                f"{name} is {value!r} beside a reference, whose finite differences are used as they are. Leave it out, "
+                f"or pass no reference."
+            )
+    if seed != reference.seed:
+        raise ArgumentError(
+            f"seed is {seed!r}, but the reference is a check of the training with seed {reference.seed}. Pass that "
+            f"seed, or no reference."
+        )
 
 
 def _check_arguments(directions: Any, tolerance: Any) -> None:

@@ -155,6 +155,19 @@ def test_a_reference_saves_the_differences(monkeypatch: pytest.MonkeyPatch) -> N
         check_meta_grad(mutants.detached(problem), meta, task, steps=3, reference=truth)
 
 
+def test_a_reference_keeps_its_own_directions_order_and_seed() -> None:
+    """What would be ignored is refused; what is left out is that of the reference."""
+    problem, meta, task = case()
+    truth = check_meta_grad(problem, meta, task, steps=3, directions=2, order=6, seed=5)
+    again = check_meta_grad(problem, meta, task, steps=3, seed=5, reference=truth)
+    assert len(again.derivatives) == len(truth.derivatives) > len(check_meta_grad(problem, meta, task, steps=3).probes)
+    for name, value in (("directions", 2), ("order", 6)):
+        with pytest.raises(fm.ArgumentError, match=rf"{name} is {value} beside a reference.* Leave it out, or pass no"):
+            check_meta_grad(problem, meta, task, steps=3, seed=5, reference=truth, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(fm.ArgumentError, match=r"seed is 0, but the reference .* with seed 5\. Pass that seed"):
+        check_meta_grad(problem, meta, task, steps=3, reference=truth)
+
+
 def test_a_tolerance_below_rounding_raises_no_false_alarm() -> None:
     assert check_meta_grad(*case(), steps=2, tolerance=1e-15).worst.error <= 1e-15
 
