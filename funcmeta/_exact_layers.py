@@ -24,7 +24,9 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from funcmeta._draws import KNOWN, apart
 from funcmeta._graph import inside_functorch
+from funcmeta._task_reads import READS
 from funcmeta._watch import WATCHED
 
 
@@ -270,6 +272,7 @@ _DRAWS = (
 )
 
 _EXACT: dict[Any, Callable[..., Any]] = {
+    **READS,
     **{draw: _in_logical_order(draw) for draw in _DRAWS},
     **{dropout: _dropped(dropout) for dropout in (F.dropout, F.alpha_dropout)},
     F.batch_norm: _batch_norm,
@@ -285,6 +288,7 @@ _EXACT: dict[Any, Callable[..., Any]] = {
         for attention in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
     },
 }
+_EXACT.update({draw: apart(draw, _EXACT.get(draw)) for draw in KNOWN})
 
 
 def _mse_loss(input: Tensor, target: Tensor, *old: Any, **options: Any) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcmeta import tree
+from funcmeta._batching import innermost_level
 from funcmeta._errors import GraphError
 
 
@@ -37,12 +39,23 @@ def _check(create_graph: bool | None) -> None:
         )
 
 
+def _check_tasks(name: str, tensors: Any) -> None:
+    level = innermost_level()
+    if level is not None and any(level.holds(each) for each in tree.tensors(tensors)):
+        raise GraphError(
+            f"{name} was used on a tensor of stacked tasks that run as one batch, which torch cannot do. Take the "
+            f"gradient by funcmeta.value_and_grad or torch.func, or pass strategy='loop'."
+        )
+
+
 def _grad(*args: Any, **options: Any) -> Any:
+    _check_tasks("torch.autograd.grad", args[1] if len(args) > 1 else options.get("inputs"))
     _check(options.get("create_graph"))
     return torch.autograd.grad(*args, **options)
 
 
 def _backward(tensor: Tensor, *args: Any, **options: Any) -> Any:
+    _check_tasks("Tensor.backward", tensor)
     _check(options.get("create_graph"))
     return tensor.backward(*args, **options)  # type: ignore[no-untyped-call]
 

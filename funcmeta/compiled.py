@@ -99,6 +99,7 @@ class Compiled:
         tasks: int | None = None,
     ) -> None:
         self._fn, self._options, self._dynamic = fn, options, dynamic
+        self.as_written = fn
         self._plain = fn if tasks is None else per_task(fn, tasks)
         self._variants: dict[Hashable, _Variant] = {}
         self._by_structure: dict[Hashable, list[_Variant]] = {}

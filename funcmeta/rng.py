@@ -1,23 +1,66 @@
 """Randomness as integers: a seed for every (run, task, step), and no generator that a replay could forget."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcmeta._errors import ArgumentError
+from funcmeta._errors import ArgumentError, GraphError
 
 _MASK = (1 << 64) - 1
+
+
+class Seed(int):
+    """The seed of stacked tasks that run at once: an integer, and behind it the seed that each task has by itself.
+
+    ``fold`` and ``forked`` keep the tasks apart. As a plain number, ``int(seed)``, it is the same for all tasks.
+    """
+
+    _found: Callable[[], tuple[int, ...]]
+
+    @classmethod
+    def of(cls, value: int, each: Callable[[], tuple[int, ...]]) -> "Seed":
+        """The seed with this value; ``each`` gives those of the tasks, and is called when one of them draws."""
+        seed = cls(value)
+        seed._found = each
+        return seed
+
+    @property
+    def each(self) -> tuple[int, ...]:
+        """The seed of each task."""
+        return self._found()
 
 
 def fold(seed: int, *numbers: int) -> int:
     """A new seed in [0, 2**63) from a seed and the numbers that name its use, such as a step index.
 
-    The mixing is splitmix64 (Steele, Lea and Flood, 2014), so neighbouring numbers give unrelated seeds.
+    The mixing is splitmix64 (Steele, Lea and Flood, 2014), so neighbouring numbers give unrelated seeds. From a
+    ``Seed`` of stacked tasks comes another, in which each task's own seed is folded.
 
     Raises:
         ArgumentError: ``seed`` is no integer from 0 to 2**63 - 1, or one of the numbers is no integer.
     """
+    value = _folded(seed, numbers)
+    if type(seed) is Seed or Seed in map(type, numbers):
+        return Seed.of(value, lambda: _folded_each(seed, numbers))
+    return value
+
+
+def _folded_each(*arguments: Any) -> tuple[int, ...]:
+    """``fold`` for each task."""
+    seed, numbers = arguments
+    columns = [each.each if type(each) is Seed else None for each in (seed, *numbers)]
+    tasks = max(len(column) for column in columns if column is not None)
+    rows = zip(
+        *[[each] * tasks if own is None else own for each, own in zip((seed, *numbers), columns, strict=True)],
+        strict=True,
+    )
+    return tuple([_folded(first, rest) for first, *rest in rows])
+
+
+def _folded(seed: int, numbers: Sequence[int]) -> int:
     state = _mix(check_seed(seed))
     for number in numbers:
         if not isinstance(number, int):
@@ -41,8 +84,54 @@ def check_seed(seed: int) -> int:
 
 
 def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator on ``device``, seeded with ``seed``."""
+    """A fresh generator on ``device``, seeded with ``seed``.
+
+    Raises:
+        ArgumentError: ``seed`` is no integer from 0 to 2**63 - 1.
+        GraphError: it is the seed of stacked tasks that run at once, for which one generator can not draw.
+    """
+    if type(seed) is Seed:
+        raise GraphError(
+            "rng.generator got the seed of stacked tasks that run as one batch, where one generator cannot draw for "
+            "each task. Draw without a generator: torch's global one follows the seed. Or pass strategy='loop'."
+        )
     return torch.Generator(device).manual_seed(check_seed(seed))
+
+
+class TaskDraws:
+    """How far each of some stacked tasks has drawn since its seed."""
+
+    def __init__(self, seed: int, reached: list[list[Tensor]] | None = None) -> None:
+        self._seed, self._reached = seed, reached
+
+    def copy(self) -> "TaskDraws":
+        """The same, for draws that are to be made again."""
+        return TaskDraws(self._seed, self._reached)
+
+    def each(self, tasks: int, draw: Callable[[int], Any]) -> list[Any]:
+        """The draw of each task, for which torch's global generators stand where they would if it ran by itself."""
+        seeds = self._seed.each if isinstance(self._seed, Seed) else (self._seed,) * tasks
+        before, drawn, reached = _states(), [], []
+        try:
+            for task in range(tasks):
+                if self._reached is None:
+                    _seed(seeds[task])
+                else:
+                    _set(self._reached[task])
+                drawn.append(draw(task))
+                reached.append(_states())
+        finally:
+            _set(before)
+        self._reached = reached
+        return drawn
+
+
+_task_draws: ContextVar[TaskDraws | None] = ContextVar("funcmeta_task_draws", default=None)
+
+
+def task_draws() -> TaskDraws | None:
+    """The draws of stacked tasks that run here, by the innermost ``forked``."""
+    return _task_draws.get()
 
 
 class forked:
@@ -53,34 +142,54 @@ class forked:
 
     def __enter__(self) -> None:
         """Seed the generators."""
-        self._before = states()
-        for each in _generators():
-            each.manual_seed(self._seed)
+        self._before = _states()
+        self._token = _task_draws.set(TaskDraws(self._seed))
+        _seed(self._seed)
 
     def __exit__(self, *error: object) -> None:
         """Put the states back."""
+        _task_draws.reset(self._token)
         _set(self._before)
 
 
-class returned_to:
-    """Run a block with torch's global generators in earlier ``states``; put their present ones back afterwards."""
+class States(NamedTuple):
+    """Where draws stand: the states of torch's global generators, and those of stacked tasks."""
 
-    def __init__(self, earlier: list[Tensor]) -> None:
+    generators: list[Tensor]
+    tasks: TaskDraws | None
+
+
+class returned_to:
+    """Run a block with draws that stand where they stood earlier; put them back to the present afterwards."""
+
+    def __init__(self, earlier: States) -> None:
         self._earlier = earlier
 
     def __enter__(self) -> None:
         """Go back."""
-        self._before = states()
-        _set(self._earlier)
+        self._before = _states()
+        self._token = _task_draws.set(self._earlier.tasks and self._earlier.tasks.copy())
+        _set(self._earlier.generators)
 
     def __exit__(self, *error: object) -> None:
         """Put the states back."""
+        _task_draws.reset(self._token)
         _set(self._before)
 
 
-def states() -> list[Tensor]:
-    """The states of torch's global generators."""
+def states() -> States:
+    """Where draws stand now."""
+    tasks = _task_draws.get()
+    return States(_states(), tasks and tasks.copy())
+
+
+def _states() -> list[Tensor]:
     return [each.get_state() for each in _generators()]
+
+
+def _seed(seed: int) -> None:
+    for each in _generators():
+        each.manual_seed(seed)
 
 
 def _set(states: list[Tensor]) -> None:

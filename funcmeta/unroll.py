@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import rng, tree
-from funcmeta._batching import per_task
+from funcmeta._batching import per_task, stack
 from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._exact_layers import exact_layers
@@ -29,6 +29,7 @@ from funcmeta.estimators import Estimator, Particles, Primal, Reverse
 from funcmeta.memory import Budget, Memory, Plan, StoreAll
 from funcmeta.problem import Problem, StepInfo
 from funcmeta.tasks import Task
+from funcmeta.tasks._task import SpecRead, as_one, unstack
 
 
 class Carry(NamedTuple):
@@ -172,7 +173,7 @@ def run(
     tasks: int | None = None,
     trial: bool = False,
 ) -> Unrolled:
-    """``unroll`` for one task (``tasks`` None), or for that many stacked ones under vmap.
+    """``unroll`` for one task (``tasks`` None), or for that many stacked ones under vmap, whose seed is a ``Seed``.
 
     A ``trial`` asks neither whether losses are finite nor whether ``meta`` and every leaf of it are used.
     """
@@ -236,10 +237,15 @@ def _bind(
             return carry.state
 
         def begin(meta: Meta, support: Any, query: Any, seed: int) -> Any:
-            return problem.init(meta, Task(support, query, task.spec), seed)
+            return problem.init(meta, make(support, query, task.spec), seed)
 
-        with _controlled(rng.fold(seed, 0)):
-            state = over(begin)(meta, task.support, task.query, rng.fold(seed, 0))
+        make = Task if tasks is None else as_one
+        own_seed = rng.fold(seed, 0)
+        try:
+            with _controlled(own_seed):
+                state = over(begin)(meta, task.support, task.query, own_seed)
+        except SpecRead:
+            state = _one_by_one(problem, meta, task, own_seed)
         check_has_data(state, "The state that init returned, state")
         return state
 
@@ -265,6 +271,15 @@ def _bind(
 
     particles = carry.particles if carry else None
     return Primal(init, step, None if problem.meta_loss is None else meta_loss, start, stop, seed, particles)
+
+
+def _one_by_one(problem: Problem, meta: Meta, tasks: Task, seed: int) -> Any:
+    """The initial states of stacked tasks, each from its own task and seed."""
+    states = []
+    for index, own in enumerate(seed.each if isinstance(seed, rng.Seed) else ()):
+        with _controlled(own):
+            states.append(problem.init(meta, unstack(tasks, index), own))
+    return stack(states)
 
 
 class _controlled:

@@ -1,6 +1,8 @@
 """Unroll many tasks at once, and average their meta-losses."""
 
+import re
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -11,9 +13,12 @@ import torch
 from funcmeta import rng, tree
 from funcmeta._batching import count, stack, take
 from funcmeta._errors import ArgumentError, FuncmetaError, GraphError, StructureError
+from funcmeta._graph import inside_functorch
 from funcmeta._guard import check_arguments
+from funcmeta._remembered import remembered
+from funcmeta._same_by_vmap import Made, Precision, difference, nudge, nudged_task, slopes_of
 from funcmeta._typing import Meta
-from funcmeta.estimators import Estimator, Particles, Reverse
+from funcmeta.estimators import Estimator, EvolutionStrategies, Particles, PersistentES, Reverse, Truncated
 from funcmeta.memory import Budget, Memory, StoreAll
 from funcmeta.problem import Problem
 from funcmeta.tasks import Task
@@ -43,12 +48,15 @@ def unroll_batch(
         tasks: one ``Task`` whose tensors have a leading task dimension T, or whose support is a function of the step
             that returns such a batch.
         steps: number of inner steps, 0 or more.
-        strategy: "vmap" runs the tasks as one batched computation; "loop" one after the other; "auto" takes one and
-            two steps both ways on the first call with these shapes, keeps in mind what they took, chooses by that for
-            the number of steps, and reports the choice in ``out.info.strategy``.
+        strategy: "vmap" runs the tasks as one batched computation; "loop" one after the other, which is always right;
+            "auto" takes one and two steps both ways on the first call with these shapes, and from then on the way
+            that takes less time for the number of steps, where both gave the same, else the loop. It reports the
+            choice in ``out.info.strategy``. "vmap" compares two steps of two tasks with the loop, on the first call.
+            Estimators with perturbed copies have others for each task in a loop, which "auto" takes for them.
         estimator: as for ``unroll``.
         memory: as for ``unroll``.
-        seed: as for ``unroll``. With dropout or other draws, "vmap" and "loop" draw differently from one seed.
+        seed: as for ``unroll``. Each task draws the same by every strategy: from the seed ``fold(seed, task)``. Under
+            "vmap" the functions of the problem get an ``rng.Seed`` that knows the seeds of all tasks.
         carry: as for ``unroll``, from an earlier ``unroll_batch``.
 
     Returns:
@@ -56,7 +64,7 @@ def unroll_batch(
 
     Raises:
         ArgumentError: an unknown strategy, and as ``unroll``.
-        GraphError: under "vmap" a step does what torch can not batch.
+        GraphError: under "vmap" a step does what torch can not batch, or not rightly.
         StructureError: the tensors of ``tasks`` share no leading dimension, and as ``unroll``.
 
     Examples:
@@ -87,18 +95,20 @@ def unroll_batch(
             f"looks like one task, or like tasks that were stacked by hand. Use unroll for one task; stack several by "
             f"tasks.stack([...]) or sample_batch(seed, tasks)."
         )
-    if strategy == "auto" and not steps:
-        strategy = "vmap"
+    one_seed = rng.Seed.of(rng.check_seed(seed), lambda: tuple([rng.fold(seed, index) for index in range(number)]))
+    case = _Case(problem, meta, tasks, number, estimator, one_seed, carry)
     if strategy == "auto" and carry is not None and carry.particles is not None:
         strategy = _made_by(carry.particles, meta)
     if strategy == "auto":
-        strategy = _faster(problem, meta, tasks, first, number, estimator, steps, seed, carry)
+        strategy = _chosen(case, first, steps)
+    elif strategy == "vmap":
+        why = _objection(case, first, steps)
+        if why:
+            raise GraphError(f"{why}{_ADVICE}")
     if strategy == "loop":
-        return _loop(problem, meta, tasks, number, steps, estimator, memory, seed, carry)
+        return case.loop(steps, memory)
     with as_one_batch():
-        return run(
-            problem, meta, tasks, steps=steps, estimator=estimator, memory=memory, seed=seed, carry=carry, tasks=number
-        )
+        return case.vmap(steps, memory)
 
 
 @contextmanager
@@ -107,41 +117,90 @@ def as_one_batch() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, FuncmetaError) or not str(error).startswith("vmap"):
+        if isinstance(error, FuncmetaError) or not _OF_VMAP.search(str(error)):
             raise
-        raise GraphError(
-            f"The tasks can not run as one batch: {str(error).splitlines()[0]} Pass strategy='loop'."
-        ) from error
+        raise GraphError(f"{_not_run(error)}{_ADVICE}") from error
 
 
-def _loop(
-    problem: Problem,
-    meta: Meta,
-    tasks: Task,
-    number: int,
-    steps: int,
-    estimator: Estimator,
-    memory: Memory,
-    seed: int,
-    carry: Carry | None,
-    *,
-    trial: bool = False,
-) -> Unrolled:
+_ADVICE = " Pass strategy='loop'."
+_OF_VMAP = re.compile(r"vmap|functorch|torch\.func\b|[Bb]atching rule|BatchedTensor")
+
+
+def _not_run(error: Exception) -> str:
+    """What went wrong under vmap, in words."""
+    if isinstance(error, GraphError):
+        return str(error).removesuffix(_ADVICE)
+    return f"The tasks cannot run as one batch: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+class _Case(NamedTuple):
+    """Stacked tasks and how they are to be unrolled, whichever way."""
+
+    problem: Problem
+    meta: Meta
+    tasks: Task
+    number: int
+    estimator: Estimator
+    seed: rng.Seed
+    carry: Carry | None
+
+    def vmap(self, steps: int, memory: Memory = StoreAll(), *, trial: bool = False) -> Unrolled:  # noqa: B008
+        """All as one batch."""
+        return run(
+            self.problem,
+            self.meta,
+            self.tasks,
+            steps=steps,
+            estimator=self.estimator,
+            memory=memory,
+            seed=self.seed,
+            carry=self.carry,
+            tasks=self.number,
+            trial=trial,
+        )
+
+    def loop(self, steps: int, memory: Memory = StoreAll(), *, trial: bool = False) -> Unrolled:  # noqa: B008
+        """One after the other."""
+        return _loop(self, steps, memory, trial=trial)
+
+    def some(self) -> "_Case":
+        """The first and the last task: a wrong batching rule may be right for the first."""
+        rows = sorted({0, self.number - 1})
+        support, query = take(tuple(self.tasks[:2]), rows)
+        spec = self.tasks.spec
+        spec = tuple([spec[row] for row in rows]) if isinstance(spec, tuple) else spec
+        carry = self.carry and self.carry._replace(state=take(self.carry.state, rows), particles=None)
+        seed = rng.Seed.of(self.seed, lambda: tuple([self.seed.each[row] for row in rows]))
+        return self._replace(tasks=Task(support, query, spec), number=len(rows), seed=seed, carry=carry)
+
+    def nudged(self) -> "_Case":
+        """The same with numbers that are a little different."""
+        carry = self.carry and self.carry._replace(state=nudge(self.carry.state))
+        return self._replace(meta=nudge(self.meta), tasks=nudged_task(self.tasks), carry=carry)
+
+    def made(self, out: Unrolled) -> Made:
+        """What is compared of an unroll."""
+        slopes = slopes_of(out.loss, self.meta)
+        return Made(out.loss.detach(), out.info.losses, tree.detach(out.state), out.info.aux, slopes)
+
+
+def _loop(case: _Case, steps: int, memory: Memory, *, trial: bool) -> Unrolled:
     if isinstance(memory, Budget):
-        memory = memory.among(number)
+        memory = memory.among(case.number)
+    carry, seeds = case.carry, case.seed.each
     outs = [
         run(
-            problem,
-            meta,
-            unstack(tasks, index),
+            case.problem,
+            case.meta,
+            unstack(case.tasks, index),
             steps=steps,
-            estimator=estimator,
+            estimator=case.estimator,
             memory=memory,
-            seed=rng.fold(seed, index),
+            seed=seeds[index],
             carry=None if carry is None else carry._replace(**take(_stacked(carry), index)),
             trial=trial,
         )
-        for index in range(number)
+        for index in range(case.number)
     ]
     info = UnrollInfo(
         torch.stack([out.info.losses for out in outs], dim=1),
@@ -170,80 +229,132 @@ class _Cost(NamedTuple):
 
     one: float
     further: float
+    made: Made | None = None
+    coarsest: float = 0.0
+    why: str = ""
 
     def of(self, steps: int) -> float:
         return self.one + (steps - 1) * self.further
 
 
-_known: WeakKeyDictionary[Any, dict[Any, dict[Strategy, _Cost]]] = WeakKeyDictionary()
+class _Known(NamedTuple):
+    """Why vmap can not be used, if it can not, and what either strategy costs where that was measured."""
+
+    why: str
+    costs: dict[Strategy, _Cost]
 
 
-def _faster(
-    problem: Problem,
-    meta: Meta,
-    tasks: Task,
-    first: Any,
-    number: int,
-    estimator: Estimator,
-    steps: int,
-    seed: int,
-    carry: Carry | None,
-) -> Strategy:
-    """The strategy that takes less time for so many steps here, measured once per shapes and device."""
-    leaves = tree.tensors((meta, first, tasks.query))
-    shapes = [(leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves]
-    key = (estimator, steps == 1, torch.is_grad_enabled(), carry is None, *shapes)
-    known = _known.setdefault(getattr(problem.step, "__func__", problem.step), {})
+_known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def _key(case: _Case, first: Any, steps: int) -> tuple[Any, ...]:
+    """What else decides whether vmap is right and what it costs."""
+    leaves = tree.tensors((case.meta, first, case.tasks.query))
+    return (
+        case.estimator,
+        min(steps, 2),
+        torch.is_grad_enabled(),
+        case.carry is None,
+        torch.is_autocast_enabled(),
+        *[(leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) for leaf in leaves],
+    )
+
+
+def _objection(case: _Case, first: Any, steps: int) -> str:
+    """Why the tasks can not run as one batch, or nothing; found out once for each problem and kind of arguments."""
+    if inside_functorch():
+        return ""  # no gradient can be taken here, so nothing can be compared
+    known = remembered(_known, case.problem)
+    key = _key(case, first, steps)
+    if key not in known and ("vmap", *key) not in known:
+        known["vmap", *key] = _Known(_compared(case, min(steps, 2)), {})
+    return known[key if key in known else ("vmap", *key)].why
+
+
+def _compared(case: _Case, steps: int) -> str:
+    """Take the first steps of two tasks both ways."""
+    case = case.some()._replace(problem=Problem(*[getattr(fn, "as_written", fn) for fn in case.problem]))
+    alike = not _perturbs(case.estimator)
+    if not alike:  # its particles are others under vmap: compare the run without perturbation
+        case = case._replace(estimator=Reverse())
+    with warnings.catch_warnings(), torch.set_grad_enabled(torch.is_grad_enabled() and alike):
+        warnings.simplefilter("ignore")  # the unroll itself will say it
+        with Precision() as precision:
+            alone = case.made(case.loop(steps, trial=True))
+        try:
+            together = case.made(case.vmap(steps, trial=True))
+        except Exception as error:
+            if isinstance(error, FuncmetaError) and not isinstance(error, GraphError):
+                raise
+            return _not_run(error)
+        return _said(difference(alone, together, precision.coarsest, lambda: _nudged(case, steps)))
+
+
+def _nudged(case: _Case, steps: int) -> Made:
+    case = case.nudged()
+    return case.made(case.loop(steps, trial=True))
+
+
+def _said(differing: str) -> str:
+    return differing and (
+        f"The tasks do not give as one batch what they give one by one: {differing}. A step depends on something that "
+        f"vmap hides or batches wrongly."
+    )
+
+
+def _perturbs(estimator: Estimator) -> bool:
+    """Whether the estimator runs perturbed copies, which are others for each task in a loop."""
+    if isinstance(estimator, Truncated):
+        return _perturbs(estimator.estimator)
+    return isinstance(estimator, EvolutionStrategies | PersistentES)
+
+
+def _chosen(case: _Case, first: Any, steps: int) -> Strategy:
+    """vmap where it gives the same as the loop and, as measured once for shapes and device, takes less time."""
+    if inside_functorch() or _perturbs(case.estimator):
+        return "loop"
+    if not steps:
+        return "loop" if _objection(case, first, steps) else "vmap"
+    known, key = remembered(_known, case.problem), _key(case, first, steps)
     if key not in known:
-        ways: tuple[Strategy, ...] = ("vmap", "loop")
-        known[key] = {
-            each: _measured(each, problem, meta, tasks, number, estimator, steps, seed, carry) for each in ways
-        }
-    costs = known[key]
-    return min(costs, key=lambda each: costs[each].of(steps))
+        known[key] = _measured_both(case, steps)
+    costs = known[key].costs
+    return "loop" if known[key].why else min(costs, key=lambda each: costs[each].of(steps))
 
 
-def _measured(
-    strategy: Strategy,
-    problem: Problem,
-    meta: Meta,
-    tasks: Task,
-    number: int,
-    estimator: Estimator,
-    most: int,
-    seed: int,
-    carry: Carry | None,
-) -> _Cost:
+def _measured_both(case: _Case, steps: int) -> _Known:
+    ways: tuple[Strategy, ...] = ("vmap", "loop")
+    costs = {each: _measured(each, case, steps) for each in ways}
+    alone, together = costs["loop"].made, costs["vmap"].made
+    why = costs["vmap"].why
+    if alone is not None and together is not None:
+        why = _said(difference(alone, together, costs["loop"].coarsest, lambda: _nudged(case, min(steps, 2))))
+    return _Known(why, {each: cost._replace(made=None) for each, cost in costs.items()})
+
+
+def _measured(strategy: Strategy, case: _Case, most: int) -> _Cost:
     """What a strategy costs, when it is run for the second time; infinite when vmap can not run the step.
 
     One step alone would not tell: all tasks begin at the same parameters, which makes the first step a cheaper one.
     """
+    way = case.vmap if strategy == "vmap" else case.loop
 
     def seconds(steps: int) -> float:
         began = time.perf_counter()
-        if strategy == "vmap":
-            loss = run(
-                problem, meta, tasks, steps=steps, estimator=estimator, seed=seed, carry=carry, tasks=number, trial=True
-            ).loss
-        else:
-            loss = _loop(problem, meta, tasks, number, steps, estimator, StoreAll(), seed, carry, trial=True).loss
-        wanted = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
-        if loss.requires_grad:
-            torch.autograd.grad(loss, wanted, materialize_grads=True)
+        loss = way(steps, trial=True).loss
+        slopes_of(loss, case.meta)
         if loss.is_cuda:
             torch.cuda.synchronize(loss.device)
         return time.perf_counter() - began
 
     try:
+        with Precision() as precision:
+            made = case.made(way(min(most, 2), trial=True))
         if most == 1:
-            seconds(1)
-            return _Cost(seconds(1), 0.0)
-        seconds(2)
+            return _Cost(seconds(1), 0.0, made, precision.coarsest)
         one, two = (min(seconds(steps) for _ in range(2)) for steps in (1, 2))
-        return _Cost(one, max(two - one, 0.0))
-    except FuncmetaError:
-        raise
-    except RuntimeError:
-        if strategy == "vmap":
-            return _Cost(float("inf"), 0.0)
+        return _Cost(one, max(two - one, 0.0), made, precision.coarsest)
+    except Exception as error:
+        if strategy == "vmap":  # what is wrong with the step itself, the loop will say
+            return _Cost(float("inf"), 0.0, why=_not_run(error))
         raise

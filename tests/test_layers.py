@@ -13,12 +13,12 @@ import pytest
 LAYERS = (
     ("_typing", "_errors", "_check", "_files", "_machine", "tree", "rng"),
     (
-        *("_batching", "_context", "_exact_layers", "_gradient", "_graph", "_live_bytes", "_lost_order"),
-        *("_lowering", "_mixed", "_watch", "model", "optim", "linear_solve", "tasks"),
+        *("_batching", "_context", "_draws", "_exact_layers", "_gradient", "_graph", "_live_bytes", "_lost_order"),
+        *("_lowering", "_mixed", "_task_reads", "_watch", "model", "optim", "linear_solve", "tasks"),
     ),
     ("learned", "problem", "memory"),
     ("compiled", "estimators"),
-    ("unroll", "unroll_batch", "_guard"),
+    ("unroll", "unroll_batch", "_guard", "_remembered", "_same_by_vmap"),
     ("algorithms", "compare", "evaluation", "horizon", "inspect", "testing", "compat"),
     ("training", "cli"),
     ("__init__", "__main__"),

@@ -369,6 +369,6 @@ def test_what_vmap_can_not_run_is_named() -> None:
         optimizer=lambda meta: fm.optim.sgd(meta),
     )
     x, rate = torch.ones(3, 4, 2), torch.tensor(0.1, requires_grad=True)
-    with pytest.raises(fm.GraphError, match=r"can not run as one batch: vmap: .* Pass strategy='loop'"):
+    with pytest.raises(fm.GraphError, match=r"cannot run as one batch: vmap: .* Pass strategy='loop'"):
         fm.unroll_batch(problem, rate, fm.Task(x, x), steps=1, strategy="vmap")
     fm.unroll_batch(problem, rate, fm.Task(x, x), steps=1, strategy="loop").loss.backward()

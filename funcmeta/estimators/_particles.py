@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funcmeta import rng, tree
-from funcmeta._batching import over_tasks, stack, take
+from funcmeta._batching import Each, joined, over_tasks, stack, take
 from funcmeta._check import check_count, check_positive
 from funcmeta._errors import ArgumentError, FuncmetaError, NonFiniteError
 from funcmeta._graph import inside_functorch
@@ -100,7 +100,7 @@ class Search:
         """
         made, rows = [], slice(self.share[0] * self.own, (self.share[0] + 1) * self.own)
         for place, leaf in enumerate(learned):
-            source = rng.generator(rng.fold(primal.seed, 3, primal.start, place), leaf.device)
+            source = rng.generator(int(rng.fold(primal.seed, 3, primal.start, place)), leaf.device)
             shape = (self.pairs, *leaf.shape)
             drawn = torch.randn(shape, generator=source, dtype=leaf.dtype, device=leaf.device)
             made.append(self.sigma * drawn[rows])
@@ -131,7 +131,7 @@ class Search:
                 ) from error
 
         parts = _split((metas, states), 2 * self.own, self.chunk or 2 * self.own)
-        total, states, losses = _joined([together(part) for part in parts])
+        total, states, losses = _joined([together(part) for part in parts], [len(part[0][0]) for part in parts])
         self._check_finite(total, losses, primal.start)
         return total, states
 
@@ -162,14 +162,18 @@ class Search:
 
 def _split(stacked: Any, number: int, size: int) -> list[Any]:
     """Trees of at most ``size`` particles each."""
-    if size >= number:
-        return [stacked]
-    return [
-        tree.map(lambda leaf: leaf[first : first + size] if isinstance(leaf, Tensor) else leaf, stacked)  # noqa: B023
-        for first in range(0, number, size)
-    ]
+    return [stacked] if size >= number else [take(stacked, slice(at, at + size)) for at in range(0, number, size)]
 
 
-def _joined(parts: Sequence[Any]) -> Any:
-    """The tree of all particles again."""
-    return tree.map(lambda *column: torch.cat(column) if isinstance(column[0], Tensor) else column[0], *parts)
+def _joined(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """The tree of all particles again; a value of Python that differs between them is kept for each."""
+
+    def column(*leaves: Any) -> Any:
+        if isinstance(leaves[0], Tensor):
+            return torch.cat(leaves)
+        values: list[Any] = []
+        for leaf, size in zip(leaves, sizes, strict=True):
+            values += leaf if isinstance(leaf, Each) else [leaf] * size
+        return joined(values)
+
+    return tree.map(column, *parts)

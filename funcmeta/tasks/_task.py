@@ -1,13 +1,13 @@
 """A task, a stack of tasks, and what it is to sample them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from funcmeta import rng, tree
-from funcmeta._batching import take
+from funcmeta._batching import Each, joined, take
 from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Batch
@@ -17,7 +17,8 @@ class Task(NamedTuple):
     """One learning problem: what to learn from, what to be judged on, and what it is about.
 
     A batch is any tree of tensors that the loss reads, usually a pair (inputs, targets). In a stack of tasks, as from
-    ``sample_batch``, each tensor has a leading task dimension and ``spec`` is the tuple of the tasks' specs.
+    ``sample_batch``, each tensor has a leading task dimension and ``spec`` is the tuple of the tasks' specs. ``init``
+    gets its own task's spec under every strategy.
 
     Attributes:
         support: the batch of every inner step, or a function from the step index (from 0) to its batch.
@@ -106,5 +107,38 @@ def unstack(tasks: Task, index: int) -> Task:
 
 
 def _stack_leaves(first: Any, *rest: Any) -> Any:
-    """The stack of tensors; what is no tensor, such as an absent query, is the same in all."""
-    return torch.stack([first, *rest]) if isinstance(first, Tensor) else first
+    """The stack of tensors; what is no tensor is kept for each, unless all have the same, such as an absent query."""
+    return torch.stack([first, *rest]) if isinstance(first, Tensor) else joined([first, *rest])
+
+
+class SpecRead(BaseException):
+    """The spec of one of some stacked tasks was asked for, while they ran as one batch and have no common one."""
+
+
+class WithoutSpec(Task):
+    """A task among stacked ones that run as one batch: whoever looks at its spec gets ``SpecRead``."""
+
+    __slots__ = ()
+
+    @property
+    def spec(self) -> Any:  # type: ignore[override]
+        """Not here."""
+        raise SpecRead
+
+    def __iter__(self) -> Iterator[Any]:
+        """Not here."""
+        raise SpecRead
+
+    def __getitem__(self, index: Any) -> Any:
+        """The support and the query."""
+        if index in (0, 1):
+            return super().__getitem__(index)
+        raise SpecRead
+
+
+def as_one(support: Any, query: Any, spec: Any) -> Task:
+    """A task among stacked ones that run as one batch, with the spec that all have, or none that can be read."""
+    if not isinstance(spec, tuple) or not spec:
+        return Task(support, query, spec)
+    common = joined(spec)
+    return WithoutSpec(support, query) if isinstance(common, Each) else Task(support, query, common)

@@ -1,0 +1,152 @@
+"""Whether stacked tasks give under ``vmap`` what each gives by itself.
+
+Some of torch's batching rules are wrong, and a module may look at what ``vmap`` hides. No list of such cases would be
+complete, so the first steps are taken both ways and compared: losses, states, reports, and the meta-gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from funcmeta import tree
+from funcmeta._batching import Each
+from funcmeta._typing import Meta
+from funcmeta.tasks import Task
+
+
+class Made(NamedTuple):
+    """What an unroll made, without its graph."""
+
+    loss: Tensor
+    losses: Tensor
+    state: Any
+    aux: Any
+    slopes: list[Tensor]
+
+
+def slopes_of(loss: Tensor, meta: Meta) -> list[Tensor]:
+    """The meta-gradient, leaf by leaf; nothing where there is none."""
+    wanted = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
+    return list(torch.autograd.grad(loss, wanted, materialize_grads=True)) if loss.requires_grad else []
+
+
+class Precision(TorchFunctionMode):
+    """Notes the coarsest floating-point numbers that are computed with inside the block, as by autocast."""
+
+    coarsest = 0.0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype in _HALF:
+            self.coarsest = max(self.coarsest, torch.finfo(result.dtype).eps)
+        return result
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def difference(alone: Made, together: Made, coarsest: float, nudged: Callable[[], Made]) -> str:
+    """What differs beyond rounding, in words; nothing if all is the same.
+
+    Where rounding itself is amplified, as where Adam divides a gradient that is zero by its own size, the difference
+    between two runs of the tasks by themselves, with ``nudged`` inputs, tells how much of it is to be expected.
+    """
+    differing = _differing(alone, together, coarsest, {})
+    if differing:
+        noise = _noise(alone, nudged())
+        differing = _differing(alone, together, coarsest, noise)
+    return differing
+
+
+def _differing(alone: Made, together: Made, coarsest: float, noise: dict[str, float]) -> str:
+    largest = max([float(slope.abs().max()) for slope in alone.slopes if slope.numel()], default=0.0)
+    others = dict(_named(together))
+    for name, expected in _named(alone):
+        got = others.get(name)
+        if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
+            if not _equal(expected, got):
+                return f"{name} is {_words(got)}, and {_words(expected)} for each by itself"
+            continue
+        if expected.shape != got.shape or expected.dtype != got.dtype:
+            return f"{name} is {tree.describe(got)}, and {tree.describe(expected)} for each by itself"
+        gap = _gap(expected, got)
+        eps = torch.finfo(expected.dtype).eps if expected.is_floating_point() or expected.is_complex() else 0.0
+        floor = largest if name.startswith("the meta-gradient") else 0.0
+        size = max(floor, _size(expected), _size(got))
+        if not gap <= max(eps, coarsest) ** 0.5 * size + 16 * noise.get(name, 0.0):
+            return f"{name} differs by {gap:.2g} of {size:.2g} from that of each by itself"
+    return ""
+
+
+def _noise(alone: Made, nudged: Made) -> dict[str, float]:
+    others = dict(_named(nudged))
+    return {
+        name: _gap(each, others[name])
+        for name, each in _named(alone)
+        if isinstance(each, Tensor) and isinstance(others.get(name), Tensor) and each.shape == others[name].shape
+    }
+
+
+def _named(made: Made) -> list[tuple[str, Any]]:
+    return [
+        ("the losses", made.losses),
+        *tree.named_leaves(made.state, "the state"),
+        *tree.named_leaves(made.aux, "StepInfo.aux"),
+        ("the meta-loss", made.loss),
+        *[(f"the meta-gradient's leaf {index}", each) for index, each in enumerate(made.slopes)],
+    ]
+
+
+def _gap(one: Tensor, other: Tensor) -> float:
+    """The largest distance of two entries; those that are not finite have to be the same."""
+    if one.layout is not torch.strided or not one.numel():
+        return 0.0
+    if one.dtype is torch.bool or not (one.is_floating_point() or one.is_complex()):
+        return 0.0 if torch.equal(one, other) else float("inf")
+    same = torch.isclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+    return float(torch.where(same, 0.0, (one - other).abs().to(torch.float64)).nan_to_num(float("inf")).max())
+
+
+def _size(tensor: Tensor) -> float:
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return 0.0
+    return float(tensor.detach().abs().to(torch.float64).nan_to_num(0.0, 0.0, 0.0).max())
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is other or isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    try:
+        return type(one) is type(other) and (bool(one == other) or repr(one) == repr(other))
+    except Exception:
+        return True  # what cannot be compared is no number
+
+
+def _words(leaf: Any) -> str:
+    return str(tuple(leaf)) if isinstance(leaf, Each) else tree.describe(leaf)
+
+
+def nudge(value: Any) -> Any:
+    """A tree whose numbers are changed by a few units in the last place; a function of the step likewise."""
+
+    def leaf(each: Any) -> Any:
+        if isinstance(each, Tensor):
+            if not each.is_floating_point() or each.layout is not torch.strided:
+                return each
+            by = 1 + 4 * torch.finfo(each.dtype).eps * (1 + torch.arange(each.numel(), device=each.device) % 3)
+            moved = each.detach() * by.to(each.dtype).reshape(each.shape)
+            return moved.requires_grad_() if each.requires_grad else moved
+        return (lambda step: nudge(each(step))) if callable(each) else each
+
+    return tree.map(leaf, value)
+
+
+def nudged_task(tasks: Task) -> Task:
+    """Tasks with data that are a little different."""
+    support, query = nudge(tuple(tasks[:2]))
+    return tasks._replace(support=support, query=query)
