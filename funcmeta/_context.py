@@ -23,6 +23,11 @@ class Autocast:
         """Equal for equal settings."""
         return tuple([tuple(each.values()) for each in self._options if each["enabled"]])
 
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """What is computed in on devices where autocast is on."""
+        return [each["dtype"] for each in self._options if each["enabled"]]
+
     @contextmanager
     def again(self) -> Iterator[None]:
         """The same inside the block."""

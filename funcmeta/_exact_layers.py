@@ -12,19 +12,19 @@ RMS normalization are right as they are.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from funcmeta._draws import KNOWN, apart
+from funcmeta._duals import Watch
 from funcmeta._graph import inside_functorch
 from funcmeta._task_reads import READS
 from funcmeta._watch import WATCHED
@@ -61,16 +61,33 @@ class ExactLayers(TorchFunctionMode):
 
 
 class DualLayers(TorchFunctionMode):
-    """Inside this mode layers without a second derivative in forward mode are computed by elementary operations."""
+    """Inside this mode layers without a second derivative in forward mode are computed by elementary operations.
+
+    ``trouble`` says why tangents do not give the derivative of a gradient there, if something was called that is known
+    to change gradients.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trouble, self._watch = "", Watch()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self.trouble = self.trouble or self._watch.trouble(func)
         run: Callable[..., Any] = _DUAL.get(func, func)
         if torch.is_grad_enabled():
             return run(*args, **(kwargs or {}))
         with forward_ad._set_fwd_grad_enabled(False):  # forward mode alone does not heed torch.no_grad
             return run(*args, **(kwargs or {}))
+
+
+@contextmanager
+def dual_layers() -> Iterator[DualLayers]:
+    """Inside this block ``DualLayers`` is in force, once."""
+    found = [each for each in _get_current_function_mode_stack() if type(each) is DualLayers]  # type: ignore[no-untyped-call]
+    with nullcontext(found[0]) if found else DualLayers() as layers:
+        yield layers
 
 
 def _batch_norm(
@@ -354,23 +371,3 @@ _DUAL: dict[Any, Callable[..., Any]] = {
     F.silu: _silu,
     F.mish: _mish,
 }
-
-
-def wrong_in_forward_mode(nodes: Iterable[Node]) -> str:
-    """The name of an operation among these whose gradient torch differentiates wrongly in forward mode, or nothing."""
-    return next((_FORWARD_WRONG[kind] for node in nodes if (kind := type(node).__name__) in _FORWARD_WRONG), "")
-
-
-_FORWARD_WRONG = {
-    "AsStridedScatterBackward0": "torch.as_strided_scatter",
-    "CumprodBackward0": "torch.cumprod",
-    "LinalgDetBackward0": "torch.linalg.det",
-    "LinalgSlogdetBackward0": "torch.linalg.slogdet",
-    "LinalgSolveExBackward0": "torch.linalg.solve",
-    "MaxUnpool2DBackward0": "max_unpool2d",
-    "MaxUnpool3DBackward0": "max_unpool3d",
-    "ScatterReduceBackward0": "torch.scatter_reduce",
-    "TriangularSolveBackward0": "torch.triangular_solve",
-}
-"""Nodes of torch 2.13 whose backward pass, run with tangents, gives wrong ones without an error: most of these read
-what the forward pass saved without its tangent."""

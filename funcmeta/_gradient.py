@@ -11,7 +11,9 @@ from torch import Tensor
 from funcmeta import tree
 from funcmeta._batching import Level, task_level
 from funcmeta._check import check_flag
-from funcmeta._errors import DetachedError, LossError, StructureError
+from funcmeta._duals import TangentError, has_tangent, obstacle, pushing
+from funcmeta._errors import DetachedError, GraphError, LossError, StructureError
+from funcmeta._exact_layers import dual_layers
 from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
 from funcmeta._lost_order import tried_here, trying
 from funcmeta._typing import Tree
@@ -72,6 +74,8 @@ def value_and_grad(
     def gradient(params: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
         current = _steering.get()
         rule = current.rule if current else exact
+        if current:
+            current.begin()
 
         def objective(inputs: Tree) -> tuple[Tensor, Any]:
             with nullcontext() if rule is exact else steered(exact):  # a gradient inside the loss is part of its value
@@ -105,16 +109,26 @@ def constant(objective: Objective, params: Tree) -> Gradient:
 
 
 class Steering:
-    """The rule in force, and how many gradients were taken by it and, inside of losses, by others."""
+    """The rule in force, and how many gradients were taken by it and, inside of losses, by others.
 
-    def __init__(self, rule: Rule) -> None:
-        self.rule, self.taken, self.nested = rule, 0, 0
+    ``begun`` says whether one was so much as begun, in the block or in one inside of it.
+    """
+
+    def __init__(self, rule: Rule, outer: "Steering | None" = None) -> None:
+        self.rule, self.taken, self.nested, self.begun, self._outer = rule, 0, 0, False, outer
+
+    def begin(self) -> None:
+        """A gradient is about to be taken here."""
+        self.begun = True
+        if self._outer is not None:
+            self._outer.begin()
 
 
 @contextmanager
 def steered(rule: Rule) -> Iterator[Steering]:
     """Let ``value_and_grad`` take its gradients by ``rule`` inside the block."""
-    outer, inner = _steering.get(), Steering(rule)
+    outer = _steering.get()
+    inner = Steering(rule, outer)
     token = _steering.set(inner)
     try:
         yield inner
@@ -151,11 +165,13 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
     attached = torch.is_grad_enabled()
     with torch.enable_grad():
         with left(tasks, tree.leaves(params)) as whole:
+            _check_no_tangent(whole)
             leaves = [alias(leaf) if attached and leaf.requires_grad else inner_leaf(leaf) for leaf in whole]
         inputs = tree.like(params, leaves if tasks is None else [tasks.lift(leaf) for leaf in leaves])
         with trying(tried_here()) as tried:
             value, aux = objective(inputs)
         with left(tasks, tree.tensors((value, aux) if attached else value)) as results:
+            _check_no_tangent(results)
             total = results[0] if tasks is None else results[0].sum()
             check_depends(total.requires_grad)
             attached = attached and _has_graph_beyond(results, whole, leaves)
@@ -220,14 +236,21 @@ def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> G
     inside the level, and is one of the auxiliary outputs.
     """
     other: list[Any] = []
+    pushed = not torch.compiler.is_compiling() and pushing()
 
     def tensors_only(inputs: Tree) -> tuple[Tensor, list[Tensor]]:
-        value, aux = objective(inputs)
+        with dual_layers() if pushed else nullcontext() as layers:
+            value, aux = objective(inputs)
         leaves = tree.leaves(inputs)
         if not torch.compiler.is_compiling():
             check_depends(value.requires_grad)
-            if differentiable:
-                check_differentiable_again(value, leaves)
+            with torch._C.DisableTorchFunction():
+                if differentiable:
+                    check_differentiable_again(value, leaves)
+                if layers is not None:
+                    why = layers.trouble or obstacle(walk([value], leaves).nodes)
+                    if why:
+                        raise TangentError(why)
         with left(None, []), watched(False):
             found = torch.autograd.grad(value, leaves, create_graph=differentiable, allow_unused=True)
         check_depends(any(grad is not None for grad in found))
@@ -240,7 +263,18 @@ def _by_functorch(objective: Objective, params: Tree, differentiable: bool) -> G
     following = iter(tensors)
     grads = tree.like(params, [next(following) if each else None for each in used])
     aux = tree.unflatten([next(following) if isinstance(leaf, Tensor) else leaf for leaf in rest], spec)
+    if pushed and not torch.is_grad_enabled():  # forward mode does not heed torch.no_grad by itself
+        value, aux, grads = tree.detach((value, aux, grads))
     return Gradient(value, aux, grads)
+
+
+def _check_no_tangent(tensors: list[Tensor]) -> None:
+    """Raise where a tangent of ``torch.autograd.forward_ad`` would get lost."""
+    if has_tangent(tensors):
+        raise GraphError(
+            "A tensor that an inner gradient depends on carries a tangent of torch.autograd.forward_ad, which the "
+            "gradient would drop. Use torch.func.jvp, or unroll with estimator=ForwardMode()."
+        )
 
 
 def check_depends(dependent: bool) -> None:

@@ -5,8 +5,9 @@ For g = ∂ℓ/∂θ at z = (θ, φ), φ being all else that ℓ depends on, the
 more evaluation of ∂ℓ/∂z in which every tensor carries a tangent.
 """
 
+import math
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,28 +15,59 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor
-from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from funcmeta import rng, tree
 from funcmeta._batching import Level, task_level
 from funcmeta._context import Autocast
+from funcmeta._duals import obstacle
 from funcmeta._errors import FallbackWarning, ReplayError
-from funcmeta._exact_layers import DualLayers, exact_layers, wrong_in_forward_mode
-from funcmeta._gradient import Gradient, Objective, check_depends, exact, left, steered
+from funcmeta._exact_layers import DualLayers, exact_layers
+from funcmeta._gradient import Gradient, Objective, Steering, check_depends, exact, left, steered
 from funcmeta._graph import alias, check_differentiable_again, inner_leaf, inside_functorch, retire, walk
 from funcmeta._typing import Tree
 from funcmeta._watch import watched
 
 
-def mixed(objective: Objective, params: Tree) -> Gradient:
-    """The rule of ``MixedMode``: the exact gradient, which keeps only its inputs for the backward pass."""
+class Mixed:
+    """The rule of ``MixedMode``: the exact gradient, which keeps only its inputs for the backward pass.
+
+    One object serves one unroll: once there is a reason to fall back it says so, and takes every further gradient as
+    ``Reverse`` does.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    @property
+    def fallen_back(self) -> bool:
+        """Whether gradients are taken as by ``Reverse`` from now on."""
+        return bool(self._told)
+
+    def fall_back(self, why: str) -> None:
+        """Take every further gradient as ``Reverse`` does, and say so, once for each reason."""
+        if why not in self._told:
+            self._told.add(why)
+            warnings.warn(
+                f"MixedMode takes the derivative of an inner gradient by reverse over reverse, as Reverse does, "
+                f"because {why}. The result is as exact; memory and time are those of Reverse.",
+                FallbackWarning,
+                stacklevel=2,
+            )
+
+    def __call__(self, objective: Objective, params: Tree) -> Gradient:
+        """The gradient by this rule."""
+        return _mixed(self, objective, params)
+
+
+def _mixed(rule: Mixed, objective: Objective, params: Tree) -> Gradient:
     tasks = task_level()
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or (inside_functorch() and tasks is None):
+    by_functorch = inside_functorch() and tasks is None
+    if rule.fallen_back or not torch.is_grad_enabled() or torch.compiler.is_compiling() or by_functorch:
         return exact(objective, params)
     with left(tasks, tree.leaves(params)) as thetas:
         leaves = [inner_leaf(each) for each in thetas]
-    inner = _Inner(objective, params, tasks, thetas)
+    inner = _Inner(rule, objective, params, tasks, thetas)
     found = inner.first(leaves)
     if found is None:
         with rng.returned_to(inner.states):
@@ -54,7 +86,10 @@ def mixed(objective: Objective, params: Tree) -> Gradient:
 class _Inner:
     """An objective with everything that it depends on taken apart, so that it can be evaluated elsewhere again."""
 
-    def __init__(self, objective: Objective, params: Tree, tasks: Level | None, thetas: Sequence[Tensor]) -> None:
+    def __init__(
+        self, rule: Mixed, objective: Objective, params: Tree, tasks: Level | None, thetas: Sequence[Tensor]
+    ) -> None:
+        self.rule = rule
         self._objective, self._params, self._tasks = objective, tree.hollow(params), tasks
         self.states, self._autocast = rng.states(), Autocast(thetas)
         self._captured: list[Tensor] = []
@@ -64,21 +99,25 @@ class _Inner:
 
     def first(self, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
         """Results and gradient without a graph; None when the derivative has to be taken in another way."""
-        finder = _Finder(self._tasks, leaves)
         with torch.enable_grad():
-            with steered(mixed) as inside:
-                results = self._evaluated(leaves, finder, nullcontext())
-            if inside.taken or inside.nested:
-                finder.trouble = _NESTED
+            with steered(self.rule) as inside:
+                finder, layers = _Finder(self._tasks, leaves, inside), DualLayers()
+                results = self._evaluated(leaves, finder, layers, nullcontext())
             with left(self._tasks, []):
+                why = finder.trouble or layers.trouble
+                if why:  # what the finder saw may be cut in pieces
+                    self.rule.fall_back(why)
+                    return None
                 total = self.total(results)
                 check_depends(total.requires_grad)
                 check_differentiable_again(total, leaves)
                 graph = walk(results)
                 ends = {id(leaf) for leaf in graph.leaves}
-                why = finder.trouble or _trouble(graph.nodes) or finder.missed(graph.leaves, leaves)
+                why = obstacle(graph.nodes) or finder.missed(graph.leaves, leaves)
+                if finder.made & ends:  # which the unroll refuses
+                    return None
                 if why:
-                    _warn(why)
+                    self.rule.fall_back(why)
                     return None
                 used = [index for index, leaf in enumerate(finder.stand_ins) if id(leaf) in ends]
                 with watched(False):
@@ -97,7 +136,7 @@ class _Inner:
         mode = _Replaced({id(each): self._lifted(phi, each) for each, phi in zip(self._captured, phis, strict=True)})
         level = nullcontext() if self._tasks is None else self._tasks.entered_again()
         with level, rng.returned_to(self.states), self._autocast.again(), exact_layers():
-            results = self._evaluated(thetas, mode, watched(False))
+            results = self._evaluated(thetas, mode, DualLayers(), watched(False))
         own = {id(each) for each in (*thetas, *phis)}
         if any(
             id(leaf) not in own for leaf in walk(results, [each for each in (*thetas, *phis) if each.grad_fn]).leaves
@@ -115,14 +154,22 @@ class _Inner:
             )
         return results
 
+    @property
+    def precision(self) -> float:
+        """How far two ways to compute a slope of the loss may be apart, relative to it."""
+        dtypes = [self._value.dtype, *self._autocast.dtypes]
+        return math.sqrt(max(torch.finfo(dtype).eps for dtype in dtypes))
+
     def total(self, results: Sequence[Tensor]) -> Tensor:
         """The loss that is differentiated: the sum over tasks."""
         return results[0] if self._tasks is None else results[0].sum()
 
-    def _evaluated(self, thetas: Sequence[Tensor], mode: TorchFunctionMode, watch: Any) -> list[Tensor]:
+    def _evaluated(
+        self, thetas: Sequence[Tensor], mode: TorchFunctionMode, layers: DualLayers, watch: Any
+    ) -> list[Tensor]:
         lift = (lambda each: each) if self._tasks is None else self._tasks.lift
         inputs = tree.filled(self._params, [lift(each) for each in thetas])
-        with mode, DualLayers(), watch:
+        with mode, layers, watch:
             results = self._objective(inputs)
         self.results = tree.hollow(results)
         return [each if self._tasks is None else self._tasks.lower(each) for each in tree.tensors(results)]
@@ -151,22 +198,44 @@ class _Replaced(TorchFunctionMode):
 class _Finder(_Replaced):
     """Finds the tensors that a function depends on besides its arguments, and puts a leaf in the place of each."""
 
-    def __init__(self, tasks: Level | None, leaves: Sequence[Tensor]) -> None:
+    def __init__(self, tasks: Level | None, leaves: Sequence[Tensor], inside: Steering) -> None:
         super().__init__({})
-        self._tasks = tasks
+        self._tasks, self._inside = tasks, inside
         self._start = _sequence_number()
         self._own = {id(each) for each in leaves}
         self.captured: list[Tensor] = []
         self.originals: list[Tensor] = []
         self.stand_ins: list[Tensor] = []
-        self.trouble = ""
+        self._made: list[Tensor] = []
+        self._trouble = ""
+
+    @property
+    def made(self) -> set[int]:
+        """The leaves that the function has made for itself, by id."""
+        return {id(each) for each in self._made}
+
+    @property
+    def trouble(self) -> str:
+        """Why the function can not be taken apart, or nothing; its result may be cut in pieces then."""
+        return self._trouble or (_NESTED if self._inside.begun else "")
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__torch_function__(func, types, args, kwargs)
         if func is torch.autograd.grad or func is Tensor.backward:
-            self.trouble = _NESTED
-        return super().__torch_function__(func, types, args, kwargs)
+            self._trouble = _NESTED
+        elif inside_functorch() and task_level() is None:
+            self._trouble = "the inner loss uses torch.func"
+        if self.trouble:
+            return func(*args, **(kwargs or {}))
+        result = super().__torch_function__(func, types, args, kwargs)
+        made = args[0] if func == _SET_REQUIRES_GRAD else result
+        if isinstance(made, Tensor) and made.requires_grad and made.is_leaf and id(made) not in self._own:
+            self._made.append(made)  # a leaf made by the function itself is no tensor from outside
+            self._own.add(id(made))
+        return result
 
     def _replaced(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -194,6 +263,9 @@ class _Finder(_Replaced):
         return "" if all(id(end) in expected for end in ends) else "the inner loss depends on a tensor in a hidden way"
 
 
+_SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+
+
 class _Mixed(torch.autograd.Function):
     """Results and gradient of an objective, (θ, φ) ↦ (results, ∂ℓ/∂θ), as they were computed before."""
 
@@ -208,7 +280,8 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         by_results, along = cotangents[: ctx.results], cotangents[ctx.results :]
-        found = None if torch.is_grad_enabled() else _forward_over_reverse(ctx, by_results, along)
+        by_graph = torch.is_grad_enabled() or ctx.inner.rule.fallen_back
+        found = None if by_graph else _forward_over_reverse(ctx, by_results, along)
         if found is None:
             found = _reverse_over_reverse(ctx, by_results, along)
         return (None, None, None, *found)
@@ -228,16 +301,36 @@ def _forward_over_reverse(
             ]
             results = ctx.inner.again(duals, leaves[ctx.count :])
             sums = _pull_back(results, leaves, by_results, keep=True)
-            slopes = torch.autograd.grad(ctx.inner.total(results), leaves, allow_unused=True)
+            total = ctx.inner.total(results)
+            slopes = torch.autograd.grad(total, leaves, allow_unused=True)
             tangents = [None if each is None else _tangent(each) for each in slopes]
+            if not _is_gradient(slopes, along, _tangent(total), ctx.inner.precision):
+                ctx.inner.rule.fall_back("the gradient that torch computes is not the derivative of the inner loss")
+                return None
     except (NotImplementedError, RuntimeError) as error:
         if "forward AD" not in str(error) and "ZeroTensor" not in str(error):
             raise
-        _warn(f"torch said: {str(error).splitlines()[0]}")
+        ctx.inner.rule.fall_back(f"torch said: {str(error).splitlines()[0]}")
         return None
     finally:
         retire(leaves)
     return [_sum(*pair) for pair in zip(sums, tangents, strict=True)]
+
+
+def _is_gradient(
+    slopes: Sequence[Tensor | None], along: Sequence[Tensor | None], tangent: Tensor | None, precision: float
+) -> bool:
+    """Whether the tangent of the loss along v is ⟨g, v⟩, as it is unless a backward rule is no derivative."""
+    pairs = [(g.detach(), v) for g, v in zip(slopes, along, strict=False) if g is not None and v is not None]
+    rate = 0.0 if tangent is None else float(tangent.detach())
+    if not pairs:
+        return rate == 0.0
+    expected = float(torch.stack([torch.dot(g.reshape(-1), v.reshape(-1)) for g, v in pairs]).sum())
+    norms = [torch.stack(torch._foreach_norm(list(each))) for each in zip(*pairs, strict=True)]
+    scale = float(torch.dot(*norms))
+    if math.isnan(rate) or math.isnan(expected):
+        return math.isnan(rate) and math.isnan(expected)
+    return abs(rate - expected) <= precision * max(scale, abs(rate))
 
 
 def _tangent(tensor: Tensor) -> Tensor | None:
@@ -293,27 +386,6 @@ def _sequence_number() -> int:
         node = alias(torch.zeros((), requires_grad=True)).grad_fn
     assert node is not None
     return node._sequence_nr()
-
-
-def _trouble(nodes: Collection[Node]) -> str:
-    """What tangents may not go through: a function of the user's own, or one that torch gets wrong."""
-    wrong = wrong_in_forward_mode(nodes)
-    if wrong:
-        return f"torch differentiates the gradient of {wrong} wrongly in forward mode"
-    for node in nodes:
-        function = getattr(node, "_forward_cls", None)
-        if function is not None:
-            return f"the inner loss runs the autograd.Function {function.__name__}"
-    return ""
-
-
-def _warn(why: str) -> None:
-    warnings.warn(
-        f"MixedMode takes the derivative of an inner gradient by reverse over reverse, as Reverse does, because {why}. "
-        f"The result is as exact; memory and time are those of Reverse.",
-        FallbackWarning,
-        stacklevel=2,
-    )
 
 
 _NESTED = "the inner loss takes a gradient by itself"

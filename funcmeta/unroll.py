@@ -26,6 +26,7 @@ from funcmeta._lost_order import Tried, trying
 from funcmeta._typing import Batch, Meta
 from funcmeta._watch import watched
 from funcmeta.estimators import Estimator, Particles, Primal, Reverse
+from funcmeta.estimators._attach import refused_by
 from funcmeta.memory import Budget, Memory, Plan, StoreAll
 from funcmeta.problem import Problem, StepInfo
 from funcmeta.tasks import Task
@@ -182,7 +183,8 @@ def run(
     start = carry.step if carry else 0
     if memory.replays and callable(task.support) and steps:
         check_replayable(task.support, start)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and _requires_grad((meta, carry))):
+    graph = inside_functorch() or _requires_grad((meta, carry))  # torch.func hides what requires grad outside of it
+    with torch.set_grad_enabled(torch.is_grad_enabled() and graph):
         own_meta, own_carry = tree.map(_own, (meta, carry))
         primal = _bind(problem, task, own_carry, start, start + steps, seed, tasks)
         if isinstance(memory, Budget) and primal.meta_loss is not None:
@@ -221,6 +223,12 @@ def check_carry(carry: Any) -> None:
                 f"unroll's out.carry."
             )
         check_has_data(carry.state, "carry.state")
+        refused = refused_by(carry.state) if torch.is_grad_enabled() else ""
+        if refused:
+            raise ArgumentError(
+                f"carry.state is the out.state of an unroll by {refused}, which gives it no gradient. Pass that "
+                f"unroll's out.carry, whose state is a constant, or unroll both by Reverse()."
+            )
 
 
 def _bind(

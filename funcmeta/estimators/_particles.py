@@ -15,7 +15,7 @@ from funcmeta._errors import ArgumentError, FuncmetaError, NonFiniteError
 from funcmeta._graph import inside_functorch
 from funcmeta._typing import Meta
 from funcmeta._watch import watched
-from funcmeta.estimators._attach import attach
+from funcmeta.estimators._attach import attach, refuse
 from funcmeta.estimators._base import Outcome, Particles, Primal
 from funcmeta.estimators.reverse import Reverse
 from funcmeta.memory import StoreAll, advance
@@ -81,7 +81,8 @@ class Search:
                     weights = differences / (2 * self.own * self.sigma) / self.sigma  # the square of σ may be 0
                     found = [torch.tensordot(weights.to(each), each, 1) for each in sums]
                     gradients = [before + each for before, each in zip(gradients, found, strict=True)]
-        return Outcome(attach(plain.loss, gradients, moving), plain.path, Particles(states, sums))
+        path = plain.path._replace(state=refuse(plain.path.state, self.name, meta))
+        return Outcome(attach(plain.loss, gradients, moving), path, Particles(states, sums))
 
     def _unperturbed(self, primal: Primal, fixed: Meta) -> Outcome:
         """The run at ``meta`` itself; what still requires grad in it was captured, which unroll refuses."""

@@ -1,21 +1,24 @@
 """The exact meta-gradient by forward mode: for few meta-parameters and any number of steps."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcmeta import tree
+from funcmeta import rng, tree
 from funcmeta._check import check_count
-from funcmeta._errors import ArgumentError, GraphError
-from funcmeta._exact_layers import DualLayers, wrong_in_forward_mode
-from funcmeta._gradient import Gradient, Objective, exact, steered
-from funcmeta._graph import check_declared, inner_leaf, inside_functorch, walk
-from funcmeta._typing import Meta, Tree
-from funcmeta.estimators._attach import attach
+from funcmeta._context import Autocast
+from funcmeta._duals import TangentError
+from funcmeta._errors import ArgumentError, CapturedTensorError, FallbackWarning
+from funcmeta._exact_layers import DualLayers
+from funcmeta._graph import check_declared, inner_leaf, inside_functorch
+from funcmeta._typing import Meta
+from funcmeta._watch import watched
+from funcmeta.estimators._attach import attach, attach_along, floats, is_float
 from funcmeta.estimators._base import Outcome, Primal
 from funcmeta.estimators.reverse import Reverse
 from funcmeta.memory import Memory, StoreAll, Trajectory
@@ -28,8 +31,13 @@ class ForwardMode:
     Every number in ``meta`` that requires grad is one direction, and all directions are pushed forward together: memory
     is that of the state for each direction, whatever the number of steps, and nothing is kept for a backward pass, so
     the memory policy has no effect. Time grows with the directions: for a few hyper-parameters, not for initial
-    parameters. The result can not be differentiated again. The first step is taken once more, with its graph, to see
-    that it depends on ``meta`` and ``state`` alone.
+    parameters. The result cannot be differentiated again. ``out.state`` is attached too, and keeps its derivatives
+    along all directions until it is dropped.
+
+    The start, the first step and the meta-loss are evaluated once more, in reverse mode: to see that they depend on
+    ``meta`` and the state alone, and that both modes agree along a random direction. Where they do not, or where an
+    operation has no forward mode or one that is not known to be right, the whole is taken by ``Reverse`` under the
+    memory policy, and a ``FallbackWarning`` says why.
 
     Args:
         chunk: directions that are pushed at once; None takes all. Fewer need less memory and more time, as the steps
@@ -38,7 +46,6 @@ class ForwardMode:
     Raises:
         ArgumentError: ``chunk`` is not a positive integer; a carry requires grad; it is run inside ``torch.func``.
         CapturedTensorError: a tensor that requires grad is used without coming through ``meta``.
-        GraphError: an operation has no forward mode, or torch has its second derivative wrong there.
 
     Examples:
         >>> ForwardMode()
@@ -69,29 +76,126 @@ class ForwardMode:
                 "The initial state requires grad by itself, not through meta: ForwardMode differentiates by meta only. "
                 "Pass an earlier unroll's out.carry, which is detached, or use Reverse()."
             )
-        _check_captured(primal, meta)
-        slopes = []
-        with DualLayers(), _explained():
-            for first in range(0, count, self.chunk or count):
-                directions = _directions(moving, first, min(first + (self.chunk or count), count))
-                loss, path, along = _pushed_run(primal, _Movable(meta), directions)
-                slopes.append(along)
+        try:
+            return self._by_forward_mode(primal, meta, moving, count)
+        except (CapturedTensorError, torch.OutOfMemoryError):
+            raise
+        except TangentError as error:
+            why = error.why
+        except (RuntimeError, ArgumentError) as error:  # an operation without forward mode, or torch.func refuses it
+            why = f"forward mode met this {type(error).__name__}: {str(error).splitlines()[0]}"
+        outcome = Reverse()(primal, meta, memory)  # what is wrong with the problem itself is an error again
+        warnings.warn(
+            f"ForwardMode takes the meta-gradient by reverse mode, as Reverse does, because {why}. The result is as "
+            f"exact; memory and time are those of Reverse.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        return outcome
+
+    def _by_forward_mode(self, primal: Primal, meta: Meta, moving: list[Tensor], count: int) -> Outcome:
+        """The outcome by forward mode."""
+        trials: _Trials | None = _Trials(primal, meta)
+        slopes, ends = [], []
+        for first in range(0, count, self.chunk or count):
+            directions = _directions(moving, first, min(first + (self.chunk or count), count))
+            loss, path, along, end = _pushed_run(primal, _Movable(meta), directions, trials)
+            slopes.append(along)
+            ends.append(end)
+            trials = None
         check_declared(tree.tensors((path.state, loss)), [], primal)
         if loss is None:
             return Outcome(None, path)
         parts = torch.split(torch.cat(slopes), [leaf.numel() for leaf in moving])
         gradients = [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, moving, strict=True)]
-        return Outcome(attach(loss, gradients, moving), path)
+        state = attach_along(path.state, [_joined(column) for column in zip(*ends, strict=True)], moving)
+        return Outcome(attach(loss, gradients, moving), path._replace(state=state))
 
 
-def _check_captured(primal: Primal, meta: Meta) -> None:
-    """Raise if the first step or the meta-loss, taken once with a graph, depends on a tensor that it captured."""
-    inputs = tree.map(lambda leaf: inner_leaf(leaf) if leaf.requires_grad else leaf, meta)
-    results = state = primal.init(inputs)
-    if primal.stop > primal.start:
-        results = state, _ = primal.step(inputs, state, primal.start)
-    judged = None if primal.meta_loss is None else primal.meta_loss(inputs, state)
-    check_declared(tree.tensors((results, judged)), tree.leaves(inputs), primal)
+class _Trial(NamedTuple):
+    """A random direction w, a random cotangent u, and ⟨Jᵀu, w⟩ by reverse mode, for ⟨u, Jw⟩ by forward mode.
+
+    Attributes:
+        along: w, one tensor for each input; None for one that never moves.
+        by: u, one tensor for each floating-point output.
+        slope: ⟨Jᵀu, w⟩.
+        scale: what ``slope`` is the sum of, without signs.
+    """
+
+    along: list[Tensor | None]
+    by: list[Tensor]
+    slope: float
+    scale: float
+
+    def widen(self, directions: Sequence[Tensor]) -> list[Tensor]:
+        """The directions and one more, the random one."""
+        return [
+            each[:1].expand(len(each) + 1, *each.shape[1:]) if more is None else torch.cat([each, more[None].to(each)])
+            for each, more in zip(directions, self.along, strict=True)
+        ]
+
+    def compare(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+        """The slopes along the directions alone; raise when the last, random one disagrees with reverse mode."""
+        found = [float((u * slope[-1]).sum()) for u, slope in zip(self.by, slopes, strict=True)]
+        scale = max(self.scale, sum(abs(each) for each in found))
+        tensors = [*self.by, *[w for w in self.along if w is not None]]
+        dtypes = [*[each.dtype for each in tensors], *Autocast(tensors).dtypes]
+        precision = max([torch.finfo(dtype).eps for dtype in dtypes], default=0.0) ** 0.5
+        if abs(sum(found) - self.slope) > precision * scale or math.isnan(sum(found)) != math.isnan(self.slope):
+            raise TangentError(_DISAGREES)
+        return [each[:-1] for each in slopes]
+
+
+class _Trials:
+    """The start, the first step and the meta-loss once more, by reverse mode: what forward mode is held against.
+
+    These passes also see whether something depends on a tensor that it captured.
+    """
+
+    def __init__(self, primal: Primal, meta: Meta) -> None:
+        self._primal = primal
+        self._meta = tree.map(lambda leaf: inner_leaf(leaf) if leaf.requires_grad else leaf, meta)
+        self._moving = [leaf for leaf in tree.leaves(self._meta) if leaf.requires_grad]
+
+    def of_start(self) -> _Trial:
+        """Of init, by the moving leaves of meta."""
+        return self._trial(self._primal.init(self._meta), [])
+
+    def of_step(self, state: Any) -> _Trial:
+        """Of the first step, by the moving leaves of meta and what of the state ever moves."""
+        own = tree.map(lambda leaf: inner_leaf(leaf) if is_float(leaf) else leaf, state)
+        following, info = self._primal.step(self._meta, own, self._primal.start)
+        pairs = zip(floats(own), floats(following), strict=True)
+        return self._trial((following, info), [(old, old.data_ptr() != new.data_ptr()) for old, new in pairs])
+
+    def of_meta_loss(self, state: Any) -> _Trial:
+        """Of the meta-loss, by the moving leaves of meta and the state."""
+        assert self._primal.meta_loss is not None
+        own = tree.map(lambda leaf: inner_leaf(leaf) if is_float(leaf) else leaf, state)
+        return self._trial(self._primal.meta_loss(self._meta, own), [(leaf, True) for leaf in floats(own)])
+
+    def _trial(self, results: Any, state: Sequence[tuple[Tensor, bool]]) -> _Trial:
+        declared = [*self._moving, *[leaf for leaf, _ in state]]
+        check_declared(tree.tensors(results), declared, self._primal)
+        generators: dict[torch.device, torch.Generator] = {}
+
+        def drawn(like: Tensor) -> Tensor:
+            source = generators.setdefault(like.device, rng.generator(rng.fold(self._primal.seed, 4), like.device))
+            return torch.randn(like.shape, generator=source, dtype=like.dtype, device=like.device)
+
+        along = [drawn(leaf) for leaf in self._moving] + [drawn(leaf) if moves else None for leaf, moves in state]
+        outputs = floats(results)
+        by = [drawn(each) for each in outputs]
+        chosen = [(leaf, w) for leaf, w in zip(declared, along, strict=True) if w is not None]
+        ends = [(out, u) for out, u in zip(outputs, by, strict=True) if out.requires_grad]
+        if not ends:
+            return _Trial(along, by, 0.0, 0.0)
+        with watched(False):
+            found = torch.autograd.grad(
+                [out for out, _ in ends], [leaf for leaf, _ in chosen], [u for _, u in ends], allow_unused=True
+            )
+        terms = [float((g * w).sum()) for g, (_, w) in zip(found, chosen, strict=True) if g is not None]
+        return _Trial(along, by, sum(terms), sum(abs(each) for each in terms))
 
 
 class _Movable:
@@ -115,21 +219,22 @@ def _directions(moving: Sequence[Tensor], first: int, stop: int) -> list[Tensor]
 
 
 def _pushed_run(
-    primal: Primal, movable: _Movable, directions: list[Tensor]
-) -> tuple[Tensor | None, Trajectory, Tensor]:
-    """The meta-loss, the trajectory, and the derivative of the meta-loss along each direction."""
-    count = len(movable.point)
-    state, tangents = _pushed(lambda values: primal.init(movable.at(values)), movable.point, directions)
+    primal: Primal, movable: _Movable, directions: list[Tensor], trials: _Trials | None
+) -> tuple[Tensor | None, Trajectory, Tensor, list[Tensor]]:
+    """The meta-loss, the trajectory, and along each direction the derivatives of the meta-loss and the last state."""
+    count, point = len(movable.point), movable.point
+    trial = trials.of_start() if trials else None
+    state, tangents = _pushed(lambda values: primal.init(movable.at(values)), point, directions, trial)
     losses, aux, shares = [], [], []
     for index in range(primal.start, primal.stop):
         hollow = _constant(state)
 
         def step(values: Sequence[Tensor], hollow: Any = hollow, index: int = index) -> Any:
-            with steered(_checked):
-                return primal.step(movable.at(values[:count]), tree.filled(hollow, values[count:]), index)
+            return primal.step(movable.at(values[:count]), tree.filled(hollow, values[count:]), index)
 
-        (state, info), along = _pushed(step, [*movable.point, *_floats(state)], [*directions, *tangents])
-        tangents, rest = along[: len(_floats(state))], along[len(_floats(state)) :]
+        trial = trials.of_step(state) if trials and index == primal.start else None
+        (state, info), along = _pushed(step, [*point, *floats(state)], [*directions, *tangents], trial)
+        tangents, rest = along[: len(floats(state))], along[len(floats(state)) :]
         losses.append(info.loss)
         aux.append(info.aux)
         if info.meta_loss is not None:
@@ -139,26 +244,28 @@ def _pushed_run(
         judge, hollow = primal.meta_loss, _constant(state)
         loss, (along_loss,) = _pushed(
             lambda values: judge(movable.at(values[:count]), tree.filled(hollow, values[count:])),
-            [*movable.point, *_floats(state)],
+            [*point, *floats(state)],
             [*directions, *tangents],
+            trials.of_meta_loss(state) if trials else None,
         )
         shares.append((loss, along_loss))
     if not shares:
-        return None, path, torch.zeros(())
-    return torch.stack([each for each, _ in shares]).sum(), path, torch.stack([each for _, each in shares]).sum(0)
+        return None, path, torch.zeros(()), tangents
+    slope = torch.stack([each for _, each in shares]).sum(0)
+    return torch.stack([each for each, _ in shares]).sum(), path, slope, tangents
 
 
 def _pushed(
-    fn: Callable[[Sequence[Tensor]], Any], point: list[Tensor], directions: list[Tensor]
+    fn: Callable[[Sequence[Tensor]], Any], point: list[Tensor], directions: list[Tensor], trial: _Trial | None
 ) -> tuple[Any, list[Tensor]]:
     """The result of a function, and the derivatives of its floating-point tensors along each direction."""
     made: list[Any] = []
 
     def flat(*values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         result = fn(values)
-        floats = _floats(result)
-        made[:] = [_constant(result, keep=False), len(floats)]
-        return floats or [values[0]], tree.tensors(result)  # torch pushes no empty result
+        found = floats(result)
+        made[:] = [_constant(result, keep=False), len(found)]
+        return found or [values[0]], tree.tensors(result)  # torch pushes no empty result
 
     at = tuple([each.contiguous() for each in point])
 
@@ -167,41 +274,19 @@ def _pushed(
         return slopes, every
 
     both = torch.func.vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
-    slopes, every = both(*directions)
-    return tree.filled(made[0], every), slopes[: made[1]]
+    with DualLayers() as layers:
+        slopes, every = both(*(directions if trial is None else trial.widen(directions)))
+    if layers.trouble:
+        raise TangentError(layers.trouble)
+    slopes = slopes[: made[1]]
+    return tree.filled(made[0], every), slopes if trial is None else trial.compare(slopes)
 
 
-def _checked(objective: Objective, params: Tree) -> Gradient:
-    """The exact gradient, by formulas that can be differentiated, where torch has these right in forward mode."""
-
-    def looked_at(inputs: Tree) -> tuple[Tensor, Any]:
-        value, aux = objective(inputs)
-        wrong = wrong_in_forward_mode(walk([value]).nodes)
-        if wrong:
-            raise GraphError(
-                f"The inner loss runs {wrong}, whose gradient torch differentiates wrongly in forward mode. Use "
-                f"Reverse() or MixedMode()."
-            )
-        return value, aux
-
-    with torch.enable_grad():
-        return exact(looked_at, params)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Say what to do when torch has no forward mode for an operation."""
-    try:
-        yield
-    except NotImplementedError as error:
-        raise GraphError(
-            f"ForwardMode met an operation without forward mode; torch said: {str(error).splitlines()[0]} "
-            f"Use Reverse() or MixedMode()."
-        ) from error
-
-
-def _floats(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree.tensors(value) if leaf.is_floating_point()]
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The derivatives along all directions, from those of each chunk."""
+    if all(part.stride(0) == 0 for part in parts):  # one row for all, which would be copied
+        return parts[0][:1].expand(sum(len(part) for part in parts), *parts[0].shape[1:])
+    return torch.cat(list(parts))
 
 
 def _constant(value: Any, *, keep: bool = True) -> Any:
@@ -209,3 +294,6 @@ def _constant(value: Any, *, keep: bool = True) -> Any:
     return tree.map(
         lambda leaf: tree.HOLE if isinstance(leaf, Tensor) and (leaf.is_floating_point() or not keep) else leaf, value
     )
+
+
+_DISAGREES = "forward and reverse mode differ for a random direction: torch computes a gradient that is no derivative"

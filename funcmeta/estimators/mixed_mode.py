@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from funcmeta._errors import FallbackWarning
 from funcmeta._gradient import steered
-from funcmeta._mixed import mixed
+from funcmeta._mixed import Mixed
 from funcmeta._typing import Meta
 from funcmeta.estimators._base import Outcome, Primal
 from funcmeta.estimators.reverse import Reverse
@@ -42,10 +42,13 @@ class MixedMode:
 
 
 def _with_mixed_gradients(step: Step) -> Step:
+    rule, idle = Mixed(), list[int]()
+
     def mixed_mode(meta: Meta, state: Any, index: int) -> tuple[Any, StepInfo]:
-        with steered(mixed) as steering:
+        with steered(rule) as steering:
             result = step(meta, state, index)
-        if not steering.taken:
+        if not steering.taken and not idle:
+            idle.append(index)
             warnings.warn(
                 f"MixedMode had nothing to do in step {index}, which took no gradient through "
                 f"funcmeta.value_and_grad: it was differentiated as by Reverse.",

@@ -9,7 +9,7 @@ from funcmeta import tree
 from funcmeta._errors import ArgumentError
 from funcmeta._typing import Meta
 from funcmeta._watch import watched
-from funcmeta.estimators._attach import attach
+from funcmeta.estimators._attach import attach, refuse
 from funcmeta.estimators._base import Outcome, Primal
 from funcmeta.memory import Memory, StoreAll
 
@@ -48,4 +48,5 @@ class Reptile:
             path = StoreAll().run(primal.step, meta, tree.detach(state), primal.start, primal.stop)
             last = path.losses[-1]
             way_back = tree.map(lambda before, after: (before - after) / last.numel(), state.params, path.state.params)
-        return Outcome(attach(last.mean(), tree.leaves(way_back), tree.leaves(state.params)), path)
+        loss = attach(last.mean(), tree.leaves(way_back), tree.leaves(state.params))
+        return Outcome(loss, path._replace(state=refuse(path.state, "Reptile", meta)) if loss.requires_grad else path)
