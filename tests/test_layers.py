@@ -14,7 +14,7 @@ LAYERS = (
     ("_typing", "_errors", "_check", "_files", "_machine", "tree", "rng"),
     (
         *("_batching", "_context", "_exact_layers", "_gradient", "_graph", "_live_bytes", "_lowering", "_mixed"),
-        *("_watch", "model", "optim", "linear_solve", "tasks"),
+        *("_lowering_checks", "_split", "_value_key", "_watch", "model", "optim", "linear_solve", "tasks"),
     ),
     ("learned", "problem", "memory"),
     ("compiled", "estimators"),
