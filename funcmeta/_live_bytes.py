@@ -2,11 +2,12 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 from funcmeta import tree
 
@@ -15,8 +16,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside this mode the bytes of all tensors that come to life are counted until they die.
 
     A storage counts once, however many views it has, and what a graph saves counts as long as the graph lives. Tensors
-    made before do not count. What a kernel takes and gives back by itself is not seen. Operations take many times
-    longer inside the mode.
+    made before do not count. What a kernel allocates is not seen, so a problem made by ``compile`` runs its recorded
+    operations one by one inside the mode. Operations take many times longer there.
 
     Attributes:
         live: bytes alive now.
@@ -59,6 +60,18 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _remove(self, key: int) -> None:
         self.live -= self.storages.pop(key)
+
+
+def counting() -> bool:
+    """Whether bytes are counted here, which kernels would escape."""
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        isinstance(mode, LiveBytes) for mode in _get_current_dispatch_mode_stack()
+    )
+
+
+def uncounted() -> AbstractContextManager[Any]:
+    """Inside the block no bytes are counted."""
+    return _disable_current_modes() if counting() else nullcontext()
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:

@@ -5,10 +5,9 @@ anything is compiled. So a derivative inside the function is a part of what is r
 """
 
 import operator
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch._inductor.config as inductor_config
@@ -17,19 +16,24 @@ from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from funcmeta import rng
-from funcmeta._errors import CompileError, FuncmetaError
+from funcmeta._errors import CompileError
 from funcmeta._graph import check_declared
+from funcmeta._live_bytes import counting, uncounted
+from funcmeta._lowering_checks import Plain, check_pure, check_same, compare, explained, first_line, rounding
+from funcmeta._split import is_draw, split
 from funcmeta._watch import watched
 
 Flat = Callable[[Sequence[Tensor], int], list[Tensor]]
 """A function from contiguous tensors and a seed to tensors."""
 
 Kernel = Callable[[list[Tensor]], Sequence[Tensor]]
+
+Sizes = tuple[torch.Size, ...]
 
 
 def contiguous(tensor: Tensor) -> Tensor:
@@ -72,20 +76,64 @@ class Lowered:
         self.inputs = [self._fake(*pair) for pair in zip(examples, dynamic, strict=True)]
         with torch.no_grad():
             graph, other = (self.recorded(lambda *flat, s=s: fn(flat, s), self.inputs) for s in (seed, seed ^ 1))
-        _check_same(graph, other)
+            if self.dynamic and graph.code != other.code:
+                # what the first recording learned of the sizes may have changed the second: reshape(-1) does that
+                graph = self.recorded(lambda *flat: fn(flat, seed), self.inputs)
+        check_same(graph, other)
         self._graph = graph
-        self._draws = any(_is_draw(node) for node in graph.graph.nodes)
+        self._draws = any(is_draw(node) for node in graph.graph.nodes)
         self._kernel: Kernel | None = None
+        self._met: set[Sizes] = set()
+        self._refused: set[Sizes] = set()
+        self._accepted: dict[Sizes, tuple[int, bool]] = {}
 
     def __call__(self, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
-        """The results, without a graph; compiled when they are first needed, and then compared."""
-        if self._kernel is not None:
+        """The results, without a graph; compiled when they are first needed."""
+
+        def run(seed: int) -> list[Tensor]:
+            if self._kernel is None:
+                self._kernel = self.kernel(self._graph, self.inputs)
             return self.run(self._kernel, tensors, seed)
-        kernel = self.kernel(self._graph, self.inputs)
-        results = self.run(kernel, tensors, seed)
-        compare(results, self.plain(tensors, seed), "result")
-        self._kernel = kernel
-        return results
+
+        return self.checked(run, self.plain, "result", tensors, seed, self._met)[0]
+
+    def checked(
+        self,
+        run: Callable[[int], list[Tensor]],
+        plain: Plain,
+        what: str,
+        tensors: Sequence[Tensor],
+        seed: int,
+        met: set[Sizes],
+    ) -> tuple[list[Tensor], bool]:
+        """What a kernel gives; or what the function itself gives, and False, where the two differ.
+
+        They are compared at each combination of sizes that the kernel meets, and at the first one for a second seed,
+        which shows values that were made from the seed. A kernel for a single combination raises where they differ.
+        """
+        sizes = self.sizes(tensors)
+        if sizes in met:
+            return run(seed), True
+        with uncounted():
+            expected = plain(tensors, seed)
+            if sizes in self._refused:
+                return expected, False
+            try:
+                if not met and what == "result":
+                    other = rng.fold(seed, 1)
+                    compare(run(other), plain(tensors, other), what, partial(rounding, plain, tensors, other))
+                found = run(seed)
+                compare(found, expected, what, partial(rounding, plain, tensors, seed))
+            except Exception:
+                if not self.dynamic:
+                    raise
+                self.refuse(tensors)
+                return expected, False
+        if self.dynamic and not self.accepts(tensors):  # compiling a kernel may add conditions
+            self.refuse(tensors)
+            return expected, False
+        met.add(sizes)
+        return (run(seed) if counting() else found), True
 
     def run(self, kernel: Kernel, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
         """What a kernel makes of some tensors."""
@@ -100,27 +148,59 @@ class Lowered:
         with torch.no_grad():
             return self.fn([tensor.detach() for tensor in tensors], seed)
 
+    def sizes(self, tensors: Sequence[Tensor]) -> Sizes:
+        """What tells apart the inputs that the kernels are compared for, each by itself."""
+        return tuple([tensor.shape for tensor in tensors]) if self.dynamic else ()
+
     def accepts(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the kernels hold for inputs of these shapes too."""
+        """Whether the kernels hold for inputs of these shapes, by what is known by now."""
         if self._shapes is None:
+            return all(map(operator.eq, self._sizes, [tensor.shape for tensor in tensors]))
+        sizes, known = self.sizes(tensors), len(self._shapes.guards) + len(self._shapes.replacements)
+        if sizes in self._refused:
             return False
-        sizes = zip(self._varies, self._sizes, tensors, strict=True)
-        fixed = all(
+        when, accepted = self._accepted.get(sizes, (-1, False))
+        if when != known:
+            accepted = self._fixed(tensors) and self._guarded(tensors)
+            self._accepted[sizes] = known, accepted
+        return accepted
+
+    def _fixed(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether dimensions that were recorded as fixed are as they were."""
+        return all(
             varies or size == own
-            for each, sizes_then, tensor in sizes
+            for each, sizes_then, tensor in zip(self._varies, self._sizes, tensors, strict=True)
             for varies, size, own in zip(each, sizes_then, tensor.shape, strict=True)
         )
-        return fixed and bool(self._shapes.evaluate_guards_for_args(self.inputs, tensors))  # type: ignore[arg-type]
+
+    def _guarded(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the sizes meet the conditions under which the recording, and what was compiled since, holds.
+
+        ``ignore_static=False``: a size that became a number while it was recorded (``len(x)``, a loop over rows) is a
+        condition too, which torch leaves to the tensor guards of dynamo unless it is asked.
+        """
+        assert self._shapes is not None
+        fits = self._shapes.evaluate_guards_for_args(self.inputs, tensors, ignore_static=False)  # type: ignore[arg-type]
+        return bool(fits)
+
+    def refuse(self, tensors: Sequence[Tensor]) -> None:
+        """Never accept these sizes again, which showed that something else was recorded."""
+        self._refused.add(self.sizes(tensors))
+
+    def refuses(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these sizes were accepted once, and then refused."""
+        return self.dynamic and self.sizes(tensors) in self._refused
 
     def recorded(self, fn: Callable[..., list[Tensor]], inputs: list[Tensor]) -> GraphModule:
         """The ATen graph of a function: functional, and decomposed as inductor wants it."""
         with inductor_config.patch({"fallback_random": True}):
             table = select_decomp_table()
+        table = {**table, torch.ops.aten.bernoulli.default: _bernoulli}
         with self.mode, explained():
             graph = make_fx(fn, decomposition_table=table, _allow_non_fake_inputs=True)(*inputs)
             pure = torch.func.functionalize(graph, remove="mutations")
             graph = make_fx(pure, decomposition_table=table, _allow_non_fake_inputs=True)(*inputs)
-        _check_pure(graph)
+        check_pure(graph)
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return graph
@@ -129,6 +209,13 @@ class Lowered:
         """The graph as one function of a list of contiguous tensors."""
         if self._options is None:
             return lambda tensors: graph(*tensors)
+        compiled = self._compiled(graph, inputs)
+        # what kernels allocate can not be counted
+        return lambda tensors: graph(*tensors) if counting() else compiled(tensors)
+
+    def _compiled(self, graph: GraphModule, inputs: list[Tensor]) -> Kernel:
+        """The graph by inductor."""
+        assert self._options is not None
         try:
             with (
                 inductor_config.patch({"fallback_random": True, **self._options}),
@@ -138,7 +225,7 @@ class Lowered:
                 return compile_fx_inner(graph, inputs)
         except Exception as error:
             raise CompileError(
-                f"inductor could not compile what was recorded: {_first_line(error)} It needs a C++ compiler on a CPU "
+                f"inductor could not compile what was recorded: {first_line(error)} It needs a C++ compiler on a CPU "
                 f"and Triton on a GPU. Install it, or pass backend='aten'."
             ) from error
 
@@ -175,41 +262,66 @@ class Derivative:
         self._split = split(whole, len(inputs), len(results))
         self._forward: Kernel | None = None
         self._backward: Kernel | None = None
+        self._forward_met: set[Sizes] = set()
+        self._backward_met: set[Sizes] = set()
+        self._strides: list[tuple[int, ...]] | None = None
 
     def forward(self, tensors: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
         """The results, and what ``backward`` needs besides the inputs."""
-        kernel = self._forward or self._lowered.kernel(self._split.forward, self._lowered.inputs)
-        both = self._lowered.run(kernel, tensors, seed)
-        results, kept = both[: len(self.differentiable)], both[len(self.differentiable) :]
-        if self._lowered.dynamic:
-            kept = [each.contiguous() for each in kept]
-        if self._forward is None:
-            compare(results, self._lowered.plain(tensors, seed), "result")
-            self._forward = kernel
-        return results, kept
+        kept: list[Tensor] = []
+
+        def run(seed: int) -> list[Tensor]:
+            nonlocal kept
+            if self._forward is None:
+                self._forward = self._lowered.kernel(self._split.forward, self._lowered.inputs)
+            both = self._lowered.run(self._forward, tensors, seed)
+            results, kept = both[: len(self.differentiable)], both[len(self.differentiable) :]
+            if self._lowered.dynamic:
+                kept = [each.contiguous() for each in kept]
+            if self._strides is None:
+                self._strides = [each.stride() for each in kept]
+            return results
+
+        plain = self._lowered.plain
+        results, fits = self._lowered.checked(run, plain, "result", tensors, seed, self._forward_met)
+        return results, kept if fits else []  # where it does not fit, the backward pass is the function's own
 
     def backward(
         self, tensors: Sequence[Tensor], kept: Sequence[Tensor], cotangents: Sequence[Tensor], seed: int
     ) -> Iterator[Tensor]:
         """The gradients of the inputs that are reached, for cotangents of the differentiable results."""
         ready = [contiguous(each) for each in cotangents]
-        kernel = self._backward or self._lowered.kernel(self._split.backward, self._places(kept))
-        with torch.no_grad():
-            found = kernel([*tensors, *kept, *ready])
-        if self._backward is None:
+
+        def run(seed: int) -> list[Tensor]:
+            if self._backward is None:
+                self._backward = self._lowered.kernel(self._split.backward, self._places(kept))
+            with torch.no_grad():
+                return list(self._backward([*tensors, *self._laid_out(kept), *ready]))
+
+        def plain(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
             with rng.forked(seed):
-                compare(found, self._plain(tensors, ready, seed), "gradient")
-            self._backward = kernel
-        return iter(found)
+                return self._plain(tensors, ready, seed)
+
+        return iter(self._lowered.checked(run, plain, "gradient", tensors, seed, self._backward_met)[0])
 
     def _places(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """Fake inputs of the backward kernel; what the forward kernel kept has the strides that this one gave it."""
         places = [node.meta["val"] for node in self._split.backward.graph.nodes if node.op == "placeholder"]
-        if not self._lowered.dynamic:
+        if not self._lowered.dynamic and self._strides is not None:
             with self._lowered.mode:
-                for index, each in enumerate(kept, start=len(self._wanted)):
-                    places[index] = torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=each.device)
+                for index, (each, stride) in enumerate(zip(kept, self._strides, strict=True), start=len(self._wanted)):
+                    places[index] = torch.empty_strided(each.shape, stride, dtype=each.dtype, device=each.device)
         return places
+
+    def _laid_out(self, kept: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What was kept, with the strides that the backward kernel was compiled for: single operations gave others."""
+        if self._lowered.dynamic or self._strides == [each.stride() for each in kept]:
+            return kept
+        assert self._strides is not None
+        return [
+            each if each.stride() == stride else torch.empty_strided(each.shape, stride).to(each).copy_(each)
+            for each, stride in zip(kept, self._strides, strict=True)
+        ]
 
     def _both(self, *flat: Tensor) -> list[Tensor]:
         """Results and gradients in one, to be recorded."""
@@ -241,137 +353,6 @@ class Derivative:
         return [next(found) if each.requires_grad else None for each in inputs]
 
 
-class Split(NamedTuple):
-    """Two graphs made from one: inputs → results and what is kept; inputs, what is kept, cotangents → gradients."""
-
-    forward: GraphModule
-    backward: GraphModule
-
-
-def split(graph: GraphModule, inputs: int, results: int) -> Split:
-    """Take a graph (inputs, cotangents) → (results, gradients) apart."""
-    nodes = list(graph.graph.nodes)
-    places = [node for node in nodes if node.op == "placeholder"]
-    (ends,) = nodes[-1].args
-    late = set(places[inputs:])
-    for node in nodes:
-        if not late.isdisjoint(node.all_input_nodes):
-            late.add(node)
-    gradients = ends[results:]
-    dear = {node for node in nodes if node not in late and _is_dear(node)}
-    needed = _behind(gradients, dear)
-    kept = [node for node in nodes if node in dear and node in needed]
-    forward = _extracted(graph, places[:inputs], [*ends[:results], *kept])
-    return Split(forward, _extracted(graph, [*places[:inputs], *kept, *places[inputs:]], gradients))
-
-
-def _extracted(graph: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node]) -> GraphModule:
-    """The part of a graph that leads from some nodes to others."""
-    made = Graph()
-    copies: dict[Node, Node] = {}
-    for node in inputs:
-        copies[node] = made.placeholder(node.name)
-        copies[node].meta = dict(node.meta)
-    needed = _behind(outputs, set(inputs))
-    for node in graph.graph.nodes:
-        if node in needed and node not in copies:
-            copies[node] = made.node_copy(node, copies.__getitem__)
-    made.output([copies[node] for node in outputs])
-    return GraphModule(graph, made)
-
-
-def _behind(ends: Iterable[Node], stop: set[Node]) -> set[Node]:
-    """All nodes on the way from some nodes back to where to stop, both included."""
-    found: set[Node] = set()
-    todo = list(ends)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend([] if node in stop else node.all_input_nodes)
-    return found
-
-
-def _is_dear(node: Node) -> bool:
-    """Whether it is better kept than computed again."""
-    if node.target is operator.getitem:
-        return _is_dear(node.args[0])  # type: ignore[arg-type]
-    return _is_draw(node) or getattr(node.target, "_opname", None) in _DEAR
-
-
-_DEAR = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
-
-
-def compare(got: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
-    """Raise unless kernels gave what the function itself gives, but for rounding and what it makes of a kink."""
-    sizes = [_norm(each) for each in expected]
-    for index, (ours, theirs, size) in enumerate(zip(got, expected, sizes, strict=True)):
-        if not theirs.is_floating_point():
-            apart, allowed = float((ours != theirs).sum()), 0.0
-        else:
-            apart = _norm(torch.where(ours.isnan() & theirs.isnan(), 0.0, ours - theirs))
-            allowed = torch.finfo(theirs.dtype).eps ** 0.3 * max(size, 1e-3 * max(sizes))
-        if apart > allowed:
-            raise CompileError(
-                f"The compiled {what} {index} is {apart:.1e} from what the function itself gives, which has norm "
-                f"{size:.1e}. Most often the function depends on more than its arguments: a counter, an iterator, "
-                f"draws with a generator of its own."
-            )
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.detach())) if tensor.is_floating_point() else 0.0
-
-
-def _is_draw(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-def _check_pure(graph: GraphModule) -> None:
-    """Raise when what was recorded draws from a generator of its own, or writes into something."""
-    for node in graph.graph.nodes:
-        if _is_draw(node) and node.kwargs.get("generator") is not None:
-            raise CompileError(
-                f"The function draws from a torch.Generator of its own ({node.target}), which every call would "
-                f"advance. Draw without a generator: torch's global one is seeded for every step."
-            )
-        if node.target is torch.ops.aten.copy_.default:
-            raise CompileError(
-                "The function writes into a tensor that it was given or has captured. Let it return new tensors."
-            )
-
-
-def _check_same(graph: GraphModule, other: GraphModule) -> None:
-    """Raise when another seed gives another graph."""
-    constants = [dict(each.named_buffers()) | vars(each) for each in (graph, other)]
-    tensors = [[value for value in each.values() if isinstance(value, Tensor)] for each in constants]
-    same = len(tensors[0]) == len(tensors[1]) and all(map(torch.equal, *tensors))
-    if graph.code != other.code or not same:
-        raise CompileError(
-            "The function computes with its seed, so that every step would be compiled anew. Draw from torch's global "
-            "generator, which is seeded for every step, or pass the numbers in the batch."
-        )
-
-
-class explained:
-    """Turns what goes wrong while recording into a ``CompileError`` that names the line."""
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Explain the error, unless it is one of ours."""
-        if not isinstance(error, Exception) or isinstance(error, FuncmetaError):
-            return
-        own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-        outside = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith(own)]
-        at = f" at '{outside[-1].line}' ({outside[-1].filename}, line {outside[-1].lineno})" if outside else ""
-        raise CompileError(
-            f"The function could not be recorded{at}: {_first_line(error)} What it does may not depend on the values "
-            f"of tensors in Python (item(), if, loops over nonzero()): use torch.where and masks, or do not compile it."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, as a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + "."
+def _bernoulli(p: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """``torch.bernoulli(p)`` as torch draws it; its usual decomposition draws in float32 whatever ``p`` is."""
+    return torch.ops.aten.bernoulli.Tensor(p, p, generator=generator)  # type: ignore[no-any-return]

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from funcmeta import rng, tree
 from funcmeta._batching import per_task
+from funcmeta._check import check_flag
 from funcmeta._context import Autocast
 from funcmeta._errors import ArgumentError, CompileError, GraphError
 from funcmeta._exact_layers import exact_layers
 from funcmeta._gradient import exact, steered, steering
 from funcmeta._graph import inside_functorch
+from funcmeta._live_bytes import uncounted
 from funcmeta._lowering import Derivative, Lowered, contiguous
 from funcmeta._typing import Tree
+from funcmeta._value_key import value_key
 from funcmeta.problem import Problem, StepInfo
 
 Backend = Literal["inductor", "aten"]
@@ -31,7 +34,8 @@ def compile(problem: Problem, *, backend: Backend = "inductor", dynamic: bool = 
 
     Step and one-step vector-Jacobian product (λ ↦ λᵀ ∂step/∂(meta, state), derivatives of inner gradients included) are
     recorded and compiled once each for every combination of shapes, dtypes, estimator and number of stacked tasks, so
-    the time to compile does not depend on the number of steps. The first time, either is compared with the plain one.
+    the time to compile does not depend on the number of steps. At each combination of sizes that it meets for the first
+    time, either is compared with the plain one.
     What a function captures besides its arguments is a part of what was recorded, and keeps the value it had then.
     For the backward pass a step keeps its inputs and the results of its matrix products, convolutions and draws.
 
@@ -40,7 +44,7 @@ def compile(problem: Problem, *, backend: Backend = "inductor", dynamic: bool = 
         backend: "inductor" for kernels (needs a C++ compiler on a CPU, Triton on a GPU); "aten" runs the recorded
             operations one by one, which compiles at once.
         dynamic: whether sizes that differ from call to call become variables, so that a third size compiles nothing;
-            otherwise every size is compiled for itself.
+            a size that the function turns into a Python number, and with False every size, is compiled for itself.
         **options: settings of inductor by their names in ``torch._inductor.config``, with ``__`` for a dot, such as
             ``max_autotune=True``.
 
@@ -48,9 +52,10 @@ def compile(problem: Problem, *, backend: Backend = "inductor", dynamic: bool = 
         A ``Problem`` for every estimator, memory policy and strategy. Its meta-loss can be differentiated once.
 
     Raises:
-        ArgumentError: not a problem, an unknown backend or option.
+        ArgumentError: not a problem, an unknown backend or option, ``dynamic`` is no flag.
         CompileError: when it is run: what a function does can not be recorded, or what was recorded gives other numbers
-            than the function itself, because it depends on more than its arguments.
+            or Python values than the function itself, because it depends on more than its arguments; or there are too
+            many combinations of sizes or values to compile for.
         CapturedTensorError: when it is run: a tensor that requires grad is used without coming through ``meta``.
         GraphError: the meta-gradient of a compiled problem is differentiated again.
 
@@ -74,6 +79,7 @@ def compile(problem: Problem, *, backend: Backend = "inductor", dynamic: bool = 
         )
     if backend not in ("inductor", "aten"):
         raise ArgumentError(f"backend is {backend!r}, expected 'inductor' or 'aten'. Pass one of them.")
+    check_flag("dynamic", dynamic)
     settings = {name.replace("__", "."): value for name, value in options.items()}
     known = inductor_config.get_config_copy()
     for name in settings:
@@ -122,27 +128,54 @@ class Compiled:
             tensors = [contiguous(tensor) for tensor in tensors]
             shapes = tuple([tensor.shape for tensor in tensors])
             variant = self._variants.get((structure, shapes))
-        if variant is None or (variant.lowered.dynamic and not variant.lowered.accepts(tensors)):
-            variant = self._variants[structure, shapes] = self._variant(trees, tensors, seed, structure)
-        return variant(tensors, seed)
+        if variant is None or (variant.lowered.dynamic and not variant.fits(tensors)):
+            with uncounted():
+                variant = self._variants[structure, shapes] = self._variant(trees, tensors, seed, structure)
+        try:
+            return variant(tensors, seed)
+        except CompileError:
+            if not variant.lowered.dynamic:
+                raise
+        variant.lowered.refuse(tensors)
+        return self(*arguments)
 
     def _variant(self, trees: list[Tree], tensors: list[Tensor], seed: int, structure: Hashable) -> "_Variant":
         others = self._by_structure.setdefault(structure, [])
         for other in others:
-            if other.lowered.accepts(tensors):
+            if other.fits(tensors):
                 return other
         if not others and len(self._by_structure) > MOST:
             raise CompileError(
                 f"The function would be compiled for more than {MOST} combinations of structure and Python values, the "
                 f"last ones {_constants(trees)}. Keep what changes from step to step in tensors."
             )
+        if self._dynamic and len(others) >= MOST:
+            raise CompileError(
+                f"The function would be compiled for more than {MOST} combinations of sizes, the last one with "
+                f"{_sizes(trees)}. A size that it turns into a Python number (len(x), int(x.shape[0]), a loop over "
+                f"rows) is compiled for itself. Compute with x.shape[0] as it is, pad to a few sizes, or pass "
+                f"dynamic=False, which sets no limit."
+            )
+        variant = self._made(trees, tensors, seed, others)
+        others.append(variant)
+        return variant
+
+    def _made(self, trees: list[Tree], tensors: list[Tensor], seed: int, others: Sequence["_Variant"]) -> "_Variant":
+        """A variant whose varying sizes are variables, as far as that goes; else one for these sizes alone."""
+        make = partial(_Variant, self._plain, self._fn, trees, tensors, seed, options=self._options)
         vary = [
             [self._dynamic and any(size != other.shapes[index][dim] for other in others) for dim, size in sizes]
             for index, sizes in enumerate([list(enumerate(tensor.shape)) for tensor in tensors])
         ]
-        variant = _Variant(self._plain, self._fn, trees, tensors, seed, vary, self._options)
-        others.append(variant)
-        return variant
+        if any(map(any, vary)) and not any(other.lowered.refuses(tensors) for other in others):
+            try:
+                variant = make(vary=vary)
+            except CompileError:
+                pass  # an operation that can not be recorded with variable sizes may be recorded with these
+            else:
+                if variant.fits(tensors):
+                    return variant
+        return make(vary=[[False] * tensor.dim() for tensor in tensors])
 
 
 class _Variant:
@@ -155,11 +188,12 @@ class _Variant:
         trees: list[Tree],
         tensors: list[Tensor],
         seed: int,
+        *,
         vary: Sequence[Sequence[bool]],
         options: Mapping[str, Any] | None,
     ) -> None:
         self._plain = plain
-        self._arguments, self._results = tree.hollow(trees), None
+        self._arguments, self._results, self._taken = tree.hollow(trees), _NOTHING, 0
         self.shapes = [tensor.shape for tensor in tensors]
         before, after = (sum(isinstance(leaf, Tensor) for leaf in tree.leaves(trees[:end])) for end in (1, 2))
         self._state = [before <= place < after and each.is_floating_point() for place, each in enumerate(tensors)]
@@ -177,21 +211,37 @@ class _Variant:
         try:
             return self._run(tensors, seed)
         except CompileError as error:
-            self._failure = str(error)
+            if not self.lowered.dynamic:
+                self._failure = str(error)
             raise
 
-    def _run(self, tensors: list[Tensor], seed: int) -> Tree:
-        current = steering()
-        if current is not None:
-            current.taken += self._taken
+    def fits(self, tensors: list[Tensor]) -> bool:
+        """Whether it holds for tensors of these shapes; the derivative is recorded first, which may add conditions."""
+        if self.lowered.dynamic and not self._failure and self.lowered.accepts(tensors):
+            try:
+                self._derivative(tensors)
+            except CompileError as error:
+                self._failure = str(error)
+        return not self._failure and self.lowered.accepts(tensors)
+
+    def _derivative(self, tensors: list[Tensor]) -> Derivative | None:
+        """The derivative that these tensors want, recorded when it is first needed."""
         with torch._C.DisableTorchFunction():
             moving = [tensor.requires_grad for tensor in tensors] if torch.is_grad_enabled() else []
         if not any(moving):
-            return tree.filled(self._results, self.lowered(tensors, seed))
+            return None
         wanted = tuple(map(operator.or_, moving, self._state))  # a first step has constants where the others have not
         if wanted not in self._derivatives:
-            self._derivatives[wanted] = Derivative(self.lowered, wanted)
-        derivative = self._derivatives[wanted]
+            with uncounted():
+                self._derivatives[wanted] = Derivative(self.lowered, wanted)
+        return self._derivatives[wanted]
+
+    def _run(self, tensors: list[Tensor], seed: int) -> Tree:
+        current, derivative = steering(), self._derivative(tensors)
+        if current is not None:
+            current.taken += self._taken
+        if derivative is None:
+            return tree.filled(self._results, self.lowered(tensors, seed))
         with torch._C.DisableTorchFunction():
             inputs = [
                 tensor if reached else tensor.detach()
@@ -202,8 +252,19 @@ class _Variant:
     def _flat(self, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
         with rng.forked(seed), exact_layers(), self._autocast.again(), steered(self._rule) as current:
             results = _without_reports(self._plain(*tree.filled(self._arguments, tensors), seed))
-        self._taken, self._results = current.taken, tree.hollow(results)
+        hollow = tree.map(_number, tree.hollow(results))
+        if self._results is _NOTHING:
+            self._taken, self._results = current.taken, hollow
+        elif value_key(hollow, own=False) != value_key(self._results, own=False):
+            raise CompileError(
+                f"{_changed(self._results, hollow)}. Compiled, every call would return what the first one did. Return "
+                f"a tensor that is computed from the arguments, or leave it out."
+            )
         return tree.tensors(results)
+
+
+_NOTHING = object()
+"""What a function returned, before it was called."""
 
 
 class _Step(torch.autograd.Function):
@@ -262,18 +323,21 @@ def _structure(value: Tree, tensors: list[Tensor]) -> Hashable:
     if isinstance(value, Tensor):
         tensors.append(value)
         return value.dtype, value.device, value.dim()
-    kind = type(value)
+    kind: Any = type(value)
     if kind is dict:
-        return (kind, *value, *[_structure(each, tensors) for each in value.values()])
+        keys = [key if type(key) is str else value_key(key) for key in value]
+        return (kind, *keys, *[_structure(each, tensors) for each in value.values()])
     if kind is tuple or kind is list or hasattr(value, "_fields"):
         return (kind, *[_structure(each, tensors) for each in value])
-    leaves, spec = tree.flatten(value)
-    if len(leaves) == 1 and leaves[0] is value:
-        return kind, _hashable(value)
-    return (spec, *[_structure(each, tensors) for each in leaves])
+    opened = tree.opened(value)
+    if opened is None:
+        return _hashable(value)
+    parts, rest = opened
+    return (kind, value_key(rest), *[_structure(each, tensors) for each in parts])
 
 
 def _hashable(value: Any) -> Hashable:
+    """The key of a value that is no tensor."""
     try:
         hash(value)
     except TypeError as error:
@@ -281,7 +345,33 @@ def _hashable(value: Any) -> Hashable:
             f"An argument is {tree.describe(value)}, which can not be hashed, so that it can not be told when to "
             f"compile anew. Make it a tensor."
         ) from error
-    return value  # type: ignore[no-any-return]
+    return value_key(value)
+
+
+def _number(leaf: Any) -> Any:
+    """A leaf that is no size of a recording: one that is returned holds for the sizes that it came from."""
+    if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return leaf.node.pytype(leaf)
+    return leaf
+
+
+def _changed(before: Tree, after: Tree) -> str:
+    """The first difference between two results without their tensors, in words."""
+    for (name, old), (other, new) in zip(_named(before), _named(after), strict=False):
+        if name == other and value_key(old, own=False) != value_key(new, own=False):
+            return f"{name} is {_shown(old)} in one call of the function and {_shown(new)} in another"
+    return "The function returned trees of different structures in two calls"
+
+
+def _named(results: Tree) -> list[tuple[str, Any]]:
+    """The leaves of what a function returned, by the names that they have for the user."""
+    if isinstance(results, tuple) and isinstance(results[-1], StepInfo):
+        return tree.named_leaves(results[0], "state") + tree.named_leaves(results[-1], "info")
+    return tree.named_leaves(results, "result")
+
+
+def _shown(leaf: Any) -> str:
+    return "a tensor" if leaf is tree.HOLE else repr(leaf)
 
 
 def _setting(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
@@ -294,3 +384,9 @@ def _constants(trees: list[Tree]) -> str:
     """The Python values among the arguments of a problem's function, by name."""
     named = [pair for pair in tree.named_leaves(tuple(trees), "arguments") if not isinstance(pair[1], Tensor)]
     return ", ".join(f"{name} = {value!r}" for name, value in named[:5]) or "(none)"
+
+
+def _sizes(trees: list[Tree]) -> str:
+    """The shapes of the tensors among the arguments of a problem's function, by name."""
+    named = [pair for pair in tree.named_leaves(tuple(trees), "arguments") if isinstance(pair[1], Tensor)]
+    return ", ".join(f"{name} = {list(value.shape)}" for name, value in named[-5:])

@@ -83,6 +83,12 @@ def filled(hollow: Tree, tensors: Iterable[Tensor]) -> Tree:
     return _rebuild(lambda leaf: next(following) if leaf is HOLE else leaf, hollow)
 
 
+def opened(value: Any) -> tuple[list[Any], Any] | None:
+    """The parts of a container that torch knows, and what it is besides (keys, a factory); None for a leaf."""
+    node = pytree.SUPPORTED_NODES.get(type(value))
+    return None if node is None else node.flatten_fn(value)
+
+
 def named_leaves(tree: Tree, name: str = "") -> list[tuple[str, Any]]:
     """Each leaf with the expression that reaches it: ``("meta['params']['0.weight']", tensor)``."""
     pairs, _ = pytree.tree_flatten_with_path(tree)

@@ -14,7 +14,8 @@ LAYERS = (
     ("_typing", "_errors", "_check", "_files", "_machine", "tree", "rng"),
     (
         *("_batching", "_context", "_draws", "_duals", "_exact_layers", "_gradient", "_graph", "_live_bytes"),
-        *("_lost_order", "_lowering", "_mixed", "_task_reads", "_watch", "model", "optim", "linear_solve", "tasks"),
+        *("_lost_order", "_lowering", "_lowering_checks", "_mixed", "_split", "_task_reads", "_value_key", "_watch"),
+        *("model", "optim", "linear_solve", "tasks"),
     ),
     ("learned", "problem", "memory"),
     ("compiled", "estimators"),

@@ -1,6 +1,7 @@
 """Trees: what goes in comes out, whatever the nesting and whatever the order in which the keys were inserted."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -231,3 +232,9 @@ def test_a_hollow_tree_is_filled_again() -> None:
     assert filled["rest"][0] is None
     assert filled["rest"][1].__class__ is Pair
     assert all(one is other for one, other in zip(tree.leaves(filled), tree.leaves(value), strict=True))
+
+
+def test_what_torch_opens_comes_apart() -> None:
+    parts, rest = tree.opened(OrderedDict(a=1, b=2)) or ([], None)
+    assert (list(parts), list(rest)) == ([1, 2], ["a", "b"])
+    assert tree.opened(frozenset({1})) is None
