@@ -19,13 +19,14 @@ def autocast(loss_fn: InnerLoss, dtype: torch.dtype = torch.bfloat16, device_typ
         loss_fn: (meta, predict, batch) → 0-d loss.
         dtype: of the products: ``torch.bfloat16``, or ``torch.float16``, which needs losses whose gradients do not
             vanish in it: nothing is scaled here.
-        device_type: kind of device that the model runs on, as for ``torch.autocast``.
+        device_type: kind of device that the model runs on, as for ``torch.autocast``; on any other kind nothing is
+            cast.
 
     Returns:
         A loss function for ``inner_problem`` and all algorithms, whose loss is float32.
 
     Raises:
-        ArgumentError: ``dtype`` is neither.
+        ArgumentError: ``dtype`` is neither, or torch cannot cast on ``device_type``.
 
     Examples:
         >>> def loss(meta, predict, batch):
@@ -40,6 +41,11 @@ def autocast(loss_fn: InnerLoss, dtype: torch.dtype = torch.bfloat16, device_typ
     """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ArgumentError(f"dtype is {dtype!r}, expected torch.bfloat16 or torch.float16. Pass torch.bfloat16.")
+    if not _can_cast_on(device_type):
+        raise ArgumentError(
+            f"device_type is {device_type!r}, expected a kind of device on which torch can cast. Pass e.g. 'cpu' or "
+            f"'cuda'."
+        )
 
     def loss(meta: Meta, predict: Predict, batch: Batch) -> Tensor:
         with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
@@ -47,3 +53,10 @@ def autocast(loss_fn: InnerLoss, dtype: torch.dtype = torch.bfloat16, device_typ
         return value.float() if value.dtype == dtype else value
 
     return loss
+
+
+def _can_cast_on(device_type: str) -> bool:
+    try:
+        return torch.amp.is_autocast_available(device_type)
+    except (RuntimeError, TypeError):  # of a kind that it does not know
+        return False

@@ -87,3 +87,15 @@ def test_replays_are_cast_as_the_first_time(estimator: Any, memory: Any) -> None
 def test_another_dtype() -> None:
     with pytest.raises(fm.ArgumentError, match=r"dtype is torch\.float64, expected torch\.bfloat16 or torch\.float16"):
         autocast(loss, torch.float64)
+
+
+def test_only_what_runs_on_this_kind_of_device_is_cast() -> None:
+    SEEN.clear()
+    gradient(autocast(loss, device_type="mps"))
+    assert set(SEEN) == {torch.float32}
+
+
+@pytest.mark.parametrize("device_type", ["meta", "gpu", "", 0])
+def test_a_kind_of_device_on_which_nothing_can_be_cast(device_type: Any) -> None:
+    with pytest.raises(fm.ArgumentError, match=rf"device_type is {device_type!r}, expected .* Pass e\.g\. 'cpu'"):
+        autocast(loss, device_type=device_type)

@@ -55,6 +55,19 @@ def test_it_is_the_loop_by_hand() -> None:
     assert not same(fitted.meta, start)
 
 
+def test_a_record_has_the_norm_before_the_clip_and_the_time_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = plain()
+    start = case.algorithm.init()
+    clock = iter(range(100))
+    monkeypatch.setattr("funcmeta.training._run.time.perf_counter", lambda: next(clock) ** 2)
+    first, second = run(case, meta=start, seed=7, steps=2, clip=1e-3).records
+    case.algorithm.loss(start, TASKS.sample_batch(fm.rng.fold(7, 0, 0), 4), seed=0).backward()
+    assert first.norm == pytest.approx(
+        torch.cat([leaf.grad.flatten() for leaf in start["params"].values()]).norm().item()
+    )
+    assert (first.seconds, second.seconds) == (1, 5)
+
+
 def test_accumulated_batches_are_one_large_batch() -> None:
     case = plain()
     start = case.algorithm.init()
