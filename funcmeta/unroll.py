@@ -1,6 +1,7 @@
 """Run the inner training and return a meta-loss that carries its meta-gradient."""
 
 import re
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from funcmeta._batching import per_task, stack
 from funcmeta._check import check_count
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._exact_layers import exact_layers
-from funcmeta._gradient import check_loss
+from funcmeta._gradient import check_loss, exact, steered, steering
 from funcmeta._graph import alias, inside_functorch
 from funcmeta._guard import (
     check_arguments,
@@ -189,7 +190,8 @@ def run(
         primal = _bind(problem, task, own_carry, start, start + steps, seed, tasks)
         if isinstance(memory, Budget) and primal.meta_loss is not None:
             memory = memory.reserving(primal.meta_loss, own_meta, primal.init(own_meta))
-        loss, path, particles = estimator(primal, own_meta, memory)
+        with steered(exact) if steering() else nullcontext():  # inside of another unroll this one has its own estimator
+            loss, path, particles = estimator(primal, own_meta, memory)
         if loss is None:
             raise ArgumentError(
                 "There is no meta-loss: the problem's meta_loss is None and no step gave a share. Take at least one "

@@ -120,5 +120,6 @@ def _check_once() -> None:
     if torch.is_grad_enabled():
         raise GraphError(
             "The meta-gradient was asked for with create_graph=True, but this estimator's can not be "
-            "differentiated again: it would count as a constant. Use Reverse() or MixedMode()."
+            "differentiated again: it would count as a constant. Use Reverse() or MixedMode(); so too for an unroll "
+            "inside of an inner loss, whose gradient is differentiated again."
         )

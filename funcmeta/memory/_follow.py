@@ -10,6 +10,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from funcmeta import tree
 from funcmeta._context import Autocast
 from funcmeta._errors import ArgumentError, UnreachedLeafError
+from funcmeta._gradient import exact, steered, steering
 from funcmeta._graph import OPAQUE_EDGES, alias, check_declared, inner_leaf, inside_functorch
 from funcmeta._typing import Meta, Tree
 from funcmeta.memory._base import Step, Trajectory, advance
@@ -68,8 +69,12 @@ def follow(
     """
     followed = plan(memory, stop - start)
     repeats = followed.evaluations > followed.steps
-    if repeats and inside_functorch():
-        raise ArgumentError("A policy that replays steps can not run inside torch.func. Use StoreAll() there.")
+    if repeats and inside_functorch() and torch.is_grad_enabled():
+        raise ArgumentError(
+            "A policy that replays steps cannot run inside torch.func. Use StoreAll() there. That holds for an unroll "
+            "inside of a step or a loss too, where tasks or particles run under vmap: strategy='loop', or chunk=1, "
+            "takes one after the other."
+        )
     inputs = tree.tensors((meta, state))
     if not repeats or not (torch.is_grad_enabled() and any(each.requires_grad for each in inputs)):
         return advance(step, meta, state, start, stop)._replace(memory=followed)
@@ -130,7 +135,8 @@ class _Run:
         self._before, self._after, self.middle = actions[:turn], actions[turn + 1 :], actions[turn][0]
         self._inputs, self.meta_tensors = tree.hollow((meta, state)), len(tree.tensors(meta))
         self._step, self._start, self._device = Witness(step), start, device
-        self._autocast = Autocast(tree.tensors((meta, state)))
+        self._autocast, current = Autocast(tree.tensors((meta, state))), steering()
+        self._rule = exact if current is None else current.rule
         self._stored: dict[int, _Kept] | None = None
         self._expected: dict[int, str] = {}
         self._advice = ""
@@ -156,7 +162,7 @@ class _Run:
         cotangents = [*cotangents] if self._shared else [*cotangents, None]
         differentiable = torch.is_grad_enabled()
         leaf = alias if differentiable else inner_leaf
-        with torch.enable_grad():
+        with torch.enable_grad(), steered(self._rule):  # a backward pass may begin inside of another unroll
             inputs = [leaf(each) if need else each for each, need in zip(tensors, needed, strict=True)]
             meta, state = tree.filled(self._inputs, inputs)
             if differentiable:
