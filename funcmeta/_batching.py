@@ -131,9 +131,11 @@ def over_tasks(
             if isinstance(leaf, Tensor):
                 return level.lift(leaf)
             if isinstance(leaf, Each):
+                named = tree.named_leaves(arguments, "arguments")
+                name = next((name for name, each in named if each is leaf), "A value")
                 raise GraphError(
-                    f"A value of Python differs between the tasks, {tuple(leaf)!r}, so that they cannot run as one "
-                    f"batch. Keep it in a tensor, or pass strategy='loop' (particles: chunk=1)."
+                    f"{name} differs between the tasks, {tuple(leaf)!r}, so that they cannot run as one batch. Keep it "
+                    f"in a tensor, or pass strategy='loop' (particles: chunk=1)."
                 )
             return leaf
 

@@ -50,7 +50,7 @@ class Precision(TorchFunctionMode):
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def difference(alone: Made, together: Made, coarsest: float, nudged: Callable[[], Made]) -> str:
+def difference(alone: Made, together: Made, coarsest: float, nudged: Callable[[int], Made]) -> str:
     """What differs beyond rounding, in words; nothing if all is the same.
 
     Where rounding itself is amplified, as where Adam divides a gradient that is zero by its own size, the difference
@@ -58,14 +58,15 @@ def difference(alone: Made, together: Made, coarsest: float, nudged: Callable[[]
     """
     differing = _differing(alone, together, coarsest, {})
     if differing:
-        noise = _noise(alone, nudged())
-        differing = _differing(alone, together, coarsest, noise)
+        one, other = (_noise(alone, nudged(units)) for units in (4, -7))
+        differing = _differing(alone, together, coarsest, {name: max(one[name], other.get(name, 0.0)) for name in one})
     return differing
 
 
 def _differing(alone: Made, together: Made, coarsest: float, noise: dict[str, float]) -> str:
     largest = max([float(slope.abs().max()) for slope in alone.slopes if slope.numel()], default=0.0)
     others = dict(_named(together))
+    overall = max([_size(each) for _, each in _named(alone) if isinstance(each, Tensor)], default=0.0)
     for name, expected in _named(alone):
         got = others.get(name)
         if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
@@ -78,7 +79,7 @@ def _differing(alone: Made, together: Made, coarsest: float, noise: dict[str, fl
         eps = torch.finfo(expected.dtype).eps if expected.is_floating_point() or expected.is_complex() else 0.0
         floor = largest if name.startswith("the meta-gradient") else 0.0
         size = max(floor, _size(expected), _size(got))
-        if not gap <= max(eps, coarsest) ** 0.5 * size + 16 * noise.get(name, 0.0):
+        if not gap <= max(eps, coarsest) ** 0.5 * size + 64 * eps * overall + 16 * noise.get(name, 0.0):
             return f"{name} differs by {gap:.2g} of {size:.2g} from that of each by itself"
     return ""
 
@@ -131,22 +132,22 @@ def _words(leaf: Any) -> str:
     return str(tuple(leaf)) if isinstance(leaf, Each) else tree.describe(leaf)
 
 
-def nudge(value: Any) -> Any:
-    """A tree whose numbers are changed by a few units in the last place; a function of the step likewise."""
+def nudge(value: Any, units: int) -> Any:
+    """A tree whose numbers are changed by some units in the last place; a function of the step likewise."""
 
     def leaf(each: Any) -> Any:
         if isinstance(each, Tensor):
             if not each.is_floating_point() or each.layout is not torch.strided:
                 return each
-            by = 1 + 4 * torch.finfo(each.dtype).eps * (1 + torch.arange(each.numel(), device=each.device) % 3)
+            by = 1 + units * torch.finfo(each.dtype).eps * (1 + torch.arange(each.numel(), device=each.device) % 3)
             moved = each.detach() * by.to(each.dtype).reshape(each.shape)
             return moved.requires_grad_() if each.requires_grad else moved
-        return (lambda step: nudge(each(step))) if callable(each) else each
+        return (lambda step: nudge(each(step), units)) if callable(each) else each
 
     return tree.map(leaf, value)
 
 
-def nudged_task(tasks: Task) -> Task:
+def nudged_task(tasks: Task, units: int) -> Task:
     """Tasks with data that are a little different."""
-    support, query = nudge(tuple(tasks[:2]))
+    support, query = nudge(tuple(tasks[:2]), units)
     return tasks._replace(support=support, query=query)

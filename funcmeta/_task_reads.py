@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from funcmeta._batching import beneath, innermost_level
 from funcmeta._errors import GraphError
@@ -25,7 +26,7 @@ def _true(read: Callable[[Tensor], Any]) -> Callable[..., Any]:
 def _refused(name: str, advice: str = "") -> GraphError:
     return GraphError(
         f"{name} was used on a tensor of stacked tasks that run as one batch, where it would see or change all tasks "
-        f"together. {advice or 'Pass'} strategy='loop'."
+        f"together. {advice or 'Pass'} strategy='loop' (for particles: chunk=1)."
     )
 
 
@@ -49,16 +50,17 @@ def _grad_fn(tensor: Tensor) -> Any:
 
 def _set_requires_grad(tensor: Tensor, value: bool) -> None:
     if innermost_level() is not None and value != beneath(tensor).requires_grad:
-        raise _refused("Tensor.requires_grad = ...", _OWN_LEAF)
+        if beneath(tensor) is not tensor or not is_functorch_wrapped_tensor(tensor):
+            raise _refused("Tensor.requires_grad = ...", _OWN_LEAF)
     tensor.requires_grad = value
 
 
 def _requires_grad_(tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    if innermost_level() is not None:
-        if requires_grad == beneath(tensor).requires_grad:
-            return tensor
+    if beneath(tensor) is tensor:  # torch.func itself may ask for it; it refuses everyone else
+        return tensor.requires_grad_(requires_grad)
+    if requires_grad != beneath(tensor).requires_grad:
         raise _refused("Tensor.requires_grad_", _OWN_LEAF)
-    return tensor.requires_grad_(requires_grad)
+    return tensor
 
 
 _OWN_LEAF = "Take gradients by funcmeta.value_and_grad or torch.func, or pass"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,11 +152,10 @@ class forked:
         _set(self._before)
 
 
-class States(NamedTuple):
+class States(list[Tensor]):
     """Where draws stand: the states of torch's global generators, and those of stacked tasks."""
 
-    generators: list[Tensor]
-    tasks: TaskDraws | None
+    tasks: TaskDraws | None = None
 
 
 class returned_to:
@@ -169,7 +168,7 @@ class returned_to:
         """Go back."""
         self._before = _states()
         self._token = _task_draws.set(self._earlier.tasks and self._earlier.tasks.copy())
-        _set(self._earlier.generators)
+        _set(self._earlier)
 
     def __exit__(self, *error: object) -> None:
         """Put the states back."""
@@ -179,8 +178,9 @@ class returned_to:
 
 def states() -> States:
     """Where draws stand now."""
-    tasks = _task_draws.get()
-    return States(_states(), tasks and tasks.copy())
+    now, tasks = States(_states()), _task_draws.get()
+    now.tasks = tasks and tasks.copy()
+    return now
 
 
 def _states() -> list[Tensor]:

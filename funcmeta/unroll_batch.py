@@ -104,7 +104,7 @@ def unroll_batch(
     elif strategy == "vmap":
         why = _objection(case, first, steps)
         if why:
-            raise GraphError(f"{why}{_ADVICE}")
+            raise GraphError(_advised(why))
     if strategy == "loop":
         return case.loop(steps, memory)
     with as_one_batch():
@@ -119,18 +119,21 @@ def as_one_batch() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, FuncmetaError) or not _OF_VMAP.search(str(error)):
             raise
-        raise GraphError(f"{_not_run(error)}{_ADVICE}") from error
+        raise GraphError(_advised(_not_run(error))) from error
 
 
-_ADVICE = " Pass strategy='loop'."
 _OF_VMAP = re.compile(r"vmap|functorch|torch\.func\b|[Bb]atching rule|BatchedTensor")
 
 
 def _not_run(error: Exception) -> str:
     """What went wrong under vmap, in words."""
-    if isinstance(error, GraphError):
-        return str(error).removesuffix(_ADVICE)
+    if isinstance(error, FuncmetaError) and "strategy='loop'" in str(error):
+        return str(error)
     return f"The tasks cannot run as one batch: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+def _advised(why: str) -> str:
+    return why if "strategy='loop'" in why else f"{why} Pass strategy='loop'."
 
 
 class _Case(NamedTuple):
@@ -173,10 +176,10 @@ class _Case(NamedTuple):
         seed = rng.Seed.of(self.seed, lambda: tuple([self.seed.each[row] for row in rows]))
         return self._replace(tasks=Task(support, query, spec), number=len(rows), seed=seed, carry=carry)
 
-    def nudged(self) -> "_Case":
+    def nudged(self, units: int) -> "_Case":
         """The same with numbers that are a little different."""
-        carry = self.carry and self.carry._replace(state=nudge(self.carry.state))
-        return self._replace(meta=nudge(self.meta), tasks=nudged_task(self.tasks), carry=carry)
+        carry = self.carry and self.carry._replace(state=nudge(self.carry.state, units))
+        return self._replace(meta=nudge(self.meta, units), tasks=nudged_task(self.tasks, units), carry=carry)
 
     def made(self, out: Unrolled) -> Made:
         """What is compared of an unroll."""
@@ -283,15 +286,15 @@ def _compared(case: _Case, steps: int) -> str:
             alone = case.made(case.loop(steps, trial=True))
         try:
             together = case.made(case.vmap(steps, trial=True))
-        except Exception as error:
-            if isinstance(error, FuncmetaError) and not isinstance(error, GraphError):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of vmap, since each task could be run by itself
             return _not_run(error)
-        return _said(difference(alone, together, precision.coarsest, lambda: _nudged(case, steps)))
+        return _said(difference(alone, together, precision.coarsest, lambda units: _nudged(case, steps, units)))
 
 
-def _nudged(case: _Case, steps: int) -> Made:
-    case = case.nudged()
+def _nudged(case: _Case, steps: int, units: int) -> Made:
+    case = case.nudged(units)
     return case.made(case.loop(steps, trial=True))
 
 
@@ -328,7 +331,9 @@ def _measured_both(case: _Case, steps: int) -> _Known:
     alone, together = costs["loop"].made, costs["vmap"].made
     why = costs["vmap"].why
     if alone is not None and together is not None:
-        why = _said(difference(alone, together, costs["loop"].coarsest, lambda: _nudged(case, min(steps, 2))))
+        why = _said(
+            difference(alone, together, costs["loop"].coarsest, lambda units: _nudged(case, min(steps, 2), units))
+        )
     return _Known(why, {each: cost._replace(made=None) for each, cost in costs.items()})
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import funcmeta as fm
 from funcmeta import optim
-from funcmeta._batching import take
+from funcmeta._batching import stack, take
+from funcmeta.tasks._task import unstack
 from funcmeta.testing import TOLERANCES
 
 TASKS = 3
@@ -372,3 +373,499 @@ def test_what_vmap_can_not_run_is_named() -> None:
     with pytest.raises(fm.GraphError, match=r"cannot run as one batch: vmap: .* Pass strategy='loop'"):
         fm.unroll_batch(problem, rate, fm.Task(x, x), steps=1, strategy="vmap")
     fm.unroll_batch(problem, rate, fm.Task(x, x), steps=1, strategy="loop").loss.backward()
+
+
+# ---- vmap is right or refuses
+
+BOTH = ("loop", "vmap")
+
+
+def of(module: nn.Module, batch: Callable[[], Any], loss: Any = mse) -> tuple[fm.Problem, Any, fm.Task]:
+    problem, meta, _ = setting(module, loss)
+    return problem, meta, fm.tasks.stack([fm.Task(batch(), batch()) for _ in range(TASKS)])
+
+
+class Scaled(nn.Module):
+    """Scales a gradient on its way back, by a hook of the given kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.first, self.act, self.last = kind, nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2)
+        if kind == "full backward hook":
+            self.act.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 3.0,))
+        if kind == "full backward pre-hook":
+            self.act.register_full_backward_pre_hook(lambda module, outputs: (outputs[0] * 3.0,))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.first(x)
+        if self.kind == "tensor hook" and made.requires_grad:
+            made.register_hook(lambda grad: 3.0 * grad)
+        if self.kind == "unconditional hook":
+            made.register_hook(lambda grad: 3.0 * grad)
+        if self.kind == "node" and made.grad_fn is not None:
+            made.grad_fn.register_prehook(lambda grads: tuple(3.0 * each for each in grads))
+        if self.kind == "leaf" and not made.is_leaf:
+            made = made + made.tanh()
+        if self.kind == "branch" and made.requires_grad:
+            made = 2.0 * made
+        return self.last(self.act(made))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "kind", ["tensor hook", "unconditional hook", "full backward hook", "full backward pre-hook", "node"]
+)
+def test_what_changes_gradients_on_their_way_is_refused_under_vmap(kind: str) -> None:
+    case = setting(Scaled(kind))
+    loop, slopes = run(case, "loop")
+    plain = run(setting(Scaled("none")), "loop")[0]
+    assert not torch.allclose(loop.info.losses[1], plain.info.losses[1])
+    with pytest.raises(fm.GraphError, match=r"strategy='loop'"):
+        run(case, "vmap")
+    out, auto = run(case, "auto")
+    assert out.info.strategy == "loop"
+    close(auto, slopes)
+
+
+@pytest.mark.parametrize("kind", ["branch", "leaf"])
+def test_branches_on_the_graph_are_taken_alike(kind: str) -> None:
+    case = setting(Scaled(kind))
+    (loop, expected), (vmap, slopes) = (run(case, each) for each in BOTH)
+    close(vmap.info.losses, loop.info.losses)
+    close(slopes, expected)
+    torch.manual_seed(0)
+    meta = {"lr": torch.tensor(0.1).double(), "params": {name: p.detach() for name, p in case[1]["params"].items()}}
+    one, other = (fm.unroll_batch(case[0], meta, case[2], steps=2, strategy=each).loss for each in BOTH)
+    close(other, one)
+
+
+class Words(nn.Module):
+    """Sums of word vectors, in which the row for padding is no word; or is, for the head that shares it."""
+
+    def __init__(self, padding: int, tied: bool) -> None:
+        super().__init__()
+        self.table, self.tied = nn.Embedding(7, 4, padding_idx=padding), tied
+        self.head = nn.Identity() if tied else nn.Linear(4, 7)
+        self.double()
+        with torch.no_grad():
+            self.table.weight[padding] = 0.3  # a row that is not zero, as after loading others' weights
+
+    def forward(self, words: Tensor) -> Tensor:
+        made = self.table(words).sum(-2).sin()
+        return made @ self.table.weight.T if self.tied else self.head(made)  # type: ignore[no-any-return]
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    words = torch.randint(0, 7, (6, 5))
+    words[:, 3:] = 5
+    return words, torch.randn(6, 7).double()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("padding", [5, -2, 0])
+def test_padded_rows_get_no_gradient_under_vmap(padding: int, tied: bool) -> None:
+    case = of(Words(padding, tied), padded)
+    (loop, expected), (vmap, slopes) = (run(case, each) for each in BOTH)
+    torch.testing.assert_close(slopes, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(vmap.state.params, loop.state.params, rtol=1e-12, atol=1e-12)
+    if not tied:
+        assert torch.equal(
+            vmap.state.params["table.weight"][:, padding], torch.full((TASKS, 4), 0.3, dtype=torch.float64)
+        )
+
+
+def test_rows_scaled_by_their_frequency_are_refused_under_vmap() -> None:
+    net = nn.Sequential(nn.Embedding(7, 4, scale_grad_by_freq=True), nn.Linear(4, 7)).double()
+    case = of(net, lambda: (torch.randint(0, 3, (6,)), torch.randn(6, 7).double()))
+    with pytest.raises(fm.GraphError, match=r"scale_grad_by_freq .*strategy='loop'"):
+        run(case, "vmap")
+    assert run(case, "auto")[0].info.strategy == "loop"
+
+
+def test_gradients_of_ones_own_are_refused_under_vmap() -> None:
+    def by_input(how: str) -> Any:
+        def loss(meta: Any, predict: Any, batch: Any) -> Tensor:
+            x = batch[0] + 0 * predict.params["0.bias"].sum()
+            if how == "leaf":
+                x = x.detach().requires_grad_()
+            if how == "set":
+                x = x.detach().clone()
+                x.requires_grad = True
+            if how == "backward":
+                predict(x).sum().backward(create_graph=True, inputs=[x])
+            (slope,) = torch.autograd.grad(predict(x).sum(), x, create_graph=True)
+            return mse(meta, predict, batch) + slope.square().mean()
+
+        return loss
+
+    words = {"plain": "autograd.grad", "leaf": "requires_grad_", "set": "requires_grad =", "backward": "backward"}
+    for how, name in words.items():
+        problem, meta, tasks = setting(loss=by_input(how))
+        with pytest.raises(fm.FuncmetaError) as caught:
+            fm.unroll_batch(problem, meta, tasks, steps=2, strategy="vmap")
+        if how == "plain":
+            assert name in str(caught.value)
+            assert "strategy='loop'" in str(caught.value)
+
+
+class Wrong(torch.autograd.Function):
+    """A square, whose batching rule is one of another function."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad * ctx.saved_tensors[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, Any]:
+        weight = torch.ones(x.shape[in_dims[0]], dtype=x.dtype)
+        weight[1:] = 1.01  # right for the first task alone
+        return Wrong.apply(x) * weight.reshape(-1, *[1] * (x.dim() - 1)), in_dims[0]
+
+
+def test_a_wrong_batching_rule_is_found_by_comparing_with_the_loop() -> None:
+    case = setting(loss=lambda meta, predict, batch: Wrong.apply(predict(batch[0]) - batch[1]).mean())
+    with pytest.raises(fm.GraphError, match=r"one by one: the losses differs by .*Pass strategy='loop'"):
+        run(case, "vmap")
+    out, slopes = run(case, "auto")
+    assert out.info.strategy == "loop"
+    close(slopes, run(case, "loop")[1])
+
+
+def test_the_comparison_is_made_once() -> None:
+    problem, meta, tasks = setting()
+    counted = Counted(problem)
+    fm.unroll_batch(counted.problem, meta, tasks, steps=4, strategy="vmap")
+    assert counted.calls == 4 + 2 * 2 + 2  # two steps of two tasks by themselves and together
+    fm.unroll_batch(counted.problem, meta, tasks, steps=4, strategy="vmap", seed=3)
+    assert counted.calls == 2 * 4 + 2 * 2 + 2
+    fewer = fm.tree.map(lambda leaf: leaf[:, :2], tuple(tasks[:2]))
+    fm.unroll_batch(counted.problem, meta, fm.Task(*fewer), steps=4, strategy="vmap")
+    assert counted.calls == 3 * 4 + 2 * (2 * 2 + 2)
+
+
+def test_numbers_that_are_rounding_alone_are_no_difference() -> None:
+    """Adam gives a bias before a normalization, whose gradient is zero but for rounding, steps of any direction."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+    problem = fm.inner_problem(net, mse, optimizer=lambda meta: optim.adam(meta["lr"]))
+    meta = {"params": fm.init_params(net), "lr": torch.tensor(0.01, requires_grad=True)}
+    tasks = fm.Task(*[tuple([each.float() for each in numbers()]) for _ in range(2)])
+    fm.unroll_batch(problem, meta, tasks, steps=3, strategy="vmap").loss.backward()
+
+
+# ---- draws
+
+DRAWING: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout of channels": lambda x: nn.functional.dropout1d(x[None], 0.4)[0],
+    "dropout in place": lambda x: nn.functional.dropout(x * 1.0, 0.3, True, True),
+    "alpha dropout": lambda x: nn.functional.alpha_dropout(x, 0.3, True),
+    "rrelu": lambda x: nn.functional.rrelu(x, training=True),
+    "gumbel": lambda x: nn.functional.gumbel_softmax(x),
+    "rand": lambda x: x + torch.rand(x.shape[0], 1, dtype=x.dtype),
+    "randperm": lambda x: x[torch.randperm(x.shape[0])] * torch.arange(x.shape[0])[:, None],
+    "randint": lambda x: x * torch.randint(1, 5, (x.shape[0], 1)),
+    "normal": lambda x: torch.normal(x.detach(), 0.5) * x,
+    "normal of numbers": lambda x: torch.normal(0.0, 1.0, (x.shape[1],)) * x,
+    "filled": lambda x: x * torch.empty_like(x).uniform_(0.5, 1.5),
+    "init": lambda x: x * nn.init.normal_(torch.empty_like(x)),
+    "bernoulli": lambda x: x * torch.bernoulli(x.detach().sigmoid()),
+    "bernoulli of a tensor": lambda x: x * torch.empty_like(x).bernoulli_(x.detach().sigmoid()),
+    "poisson": lambda x: x * torch.poisson(x.detach().exp()),
+    "multinomial": lambda x: x * torch.multinomial(x.detach().softmax(1), 1),
+    "gamma": lambda x: x * torch._standard_gamma(x.detach().exp()),
+    "attention": lambda x: nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.3)[0],
+    "twice": lambda x: nn.functional.dropout(x, 0.3) + torch.randn_like(x),
+    "another seed": lambda x: drawn_by(x, 5),
+}
+
+
+def drawn_by(x: Tensor, seed: int) -> Tensor:
+    with fm.rng.forked(seed):
+        return x * torch.rand_like(x)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+@pytest.mark.parametrize("estimator", [fm.Reverse(), fm.MixedMode()], ids=repr)
+def test_tasks_draw_the_same_by_every_strategy(name: str, estimator: Any) -> None:
+    problem, meta, tasks = setting(
+        loss=lambda meta, predict, batch: (DRAWING[name](predict(batch[0])) - batch[1]).square().mean()
+    )
+    (loop, expected), (vmap, slopes) = (
+        run((problem, meta, tasks), each, seed=4, estimator=estimator, steps=2) for each in BOTH
+    )
+    close(vmap.info.losses, loop.info.losses)
+    close(slopes, expected)
+    other = run((problem, meta, tasks), "vmap", seed=5, steps=2)[0].info.losses
+    assert name == "another seed" or not torch.allclose(other, vmap.info.losses)
+
+
+@pytest.mark.parametrize("memory", [fm.StoreAll(), fm.Segments(1)], ids=repr)
+def test_modules_draw_the_same_by_every_strategy(memory: Any) -> None:
+    for net in (
+        nn.Sequential(nn.Linear(3, 6), nn.Dropout(0.4), nn.Linear(6, 2)),
+        nn.Sequential(
+            nn.Unflatten(1, (1, 3)), nn.TransformerEncoderLayer(3, 1, 4, dropout=0.3), nn.Flatten(), nn.Linear(3, 2)
+        ),
+    ):
+        case = setting(net.double())
+        (loop, expected), (vmap, slopes), (_, auto) = (
+            run(case, each, seed=4, memory=memory, steps=2) for each in (*BOTH, "auto")
+        )
+        close(vmap.info.losses, loop.info.losses)
+        close(slopes, expected)
+        close(auto, expected)
+
+
+def test_the_seed_of_a_function_knows_every_task() -> None:
+    """A step that folds its seed draws what each task draws by itself."""
+
+    def init(meta: Any, task: fm.Task, seed: int) -> Tensor:
+        with fm.rng.forked(fm.rng.fold(seed, 3)):
+            return torch.randn(2, dtype=torch.float64)
+
+    def step(meta: Any, w: Tensor, x: Tensor, seed: int) -> Any:
+        with fm.rng.forked(fm.rng.fold(7, seed)):
+            noise = torch.randn(2, dtype=torch.float64)
+        loss, slope = fm.value_and_grad(lambda w: ((w - x - noise) ** 2).sum())(w)
+        return w - meta * slope, fm.StepInfo(loss)
+
+    problem = fm.Problem(init, step, lambda meta, w, x, seed: ((w - x) ** 2).sum())
+    x, meta = torch.randn(TASKS, 2).double(), torch.tensor(0.1).double().requires_grad_()
+    out = fm.unroll_batch(problem, meta, fm.Task(x, x), steps=2, strategy="vmap", seed=9)
+    alone = [fm.unroll(problem, meta, fm.Task(x[i], x[i]), steps=2, seed=fm.rng.fold(9, i)) for i in range(TASKS)]
+    close(out.state, torch.stack([each.state for each in alone]))
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda x, seed: torch.rand(2, generator=torch.Generator()), "rand draws from a generator of its own"),
+        (lambda x, seed: torch.empty(2).normal_(), "normal_ draws into a tensor that has no values of its own"),
+        (lambda x, seed: torch.rand(2, generator=fm.rng.generator(seed)), "rng.generator got the seed of stacked"),
+        (lambda x, seed: torch.func.grad(lambda x: torch.bernoulli(x.sigmoid()).sum())(x), "draws inside torch.func"),
+        (lambda x, seed: torch.tensor(float(seed % 7)), "do not give as one batch what they give one by one"),
+    ],
+    ids=["generator", "filled", "seeded generator", "inside torch.func", "number"],
+)
+def test_draws_that_cannot_be_kept_apart_are_refused(draw: Any, message: str) -> None:
+    def step(meta: Any, w: Tensor, x: Tensor, seed: int) -> Any:
+        noise = draw(x, seed).sum()
+        loss, slope = fm.value_and_grad(lambda w: (w - x.sum() - noise) ** 2)(w)
+        return w - meta * slope, fm.StepInfo(loss)
+
+    problem = fm.Problem(lambda meta, task, seed: meta * 1.0, step, lambda meta, w, x, seed: w)
+    case = problem, torch.tensor(0.1, requires_grad=True), fm.Task(torch.ones(TASKS, 2), torch.ones(TASKS, 2))
+    with pytest.raises(fm.GraphError, match=rf"(?s){message}.*strategy='loop'"):
+        run(case, "vmap")
+    assert run(case, "auto")[0].info.strategy == "loop"
+
+
+def test_draws_of_stacked_tasks_cannot_be_compiled() -> None:
+    problem, meta, tasks = setting(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 2)).double())
+    fast = fm.compile(problem, backend="aten")
+    with pytest.raises(fm.CompileError, match=r"dropout draws for each .* cannot be recorded\. Pass strategy='loop'"):
+        run((fast, meta, tasks), "vmap")
+    assert run((fast, meta, tasks), "auto", steps=2)[0].info.strategy == "loop"
+
+
+# ---- what is not a tensor, or the same for all
+
+
+def counting(problem_loss: Callable[[Any], float]) -> fm.Problem:
+    def step(rate: Tensor, state: Any, x: Tensor, seed: int) -> Any:
+        loss, slope = fm.value_and_grad(lambda a: (a - x) ** 2)(state["a"])
+        worst = max(state["worst"], problem_loss(loss))
+        return {"a": state["a"] - rate * slope, "worst": worst}, fm.StepInfo(loss, None, {"worst": worst})
+
+    def judge(rate: Tensor, state: Any, x: Tensor, seed: int) -> Tensor:
+        return (state["a"] - x) ** 2 * state["worst"]
+
+    return fm.Problem(lambda meta, task, seed: {"a": torch.zeros(()).double(), "worst": -1.0}, step, judge)
+
+
+def test_a_loop_keeps_the_python_numbers_of_each_task() -> None:
+    problem, x = counting(lambda loss: float(loss.detach())), torch.tensor([2.0, -1.0, 4.0]).double()
+    rate, tasks = torch.tensor(0.2).double().requires_grad_(), fm.Task(x, x)
+    alone = [fm.unroll(problem, rate, fm.Task(each, each), steps=1) for each in x]
+    half = fm.unroll_batch(problem, rate, tasks, steps=1, strategy="loop")
+    assert list(half.state["worst"]) == [each.state["worst"] for each in alone] == [4.0, 1.0, 16.0]
+    assert half.info.aux[0]["worst"] == tuple(each.info.aux[0]["worst"] for each in alone)
+    rest = fm.unroll_batch(problem, rate, tasks, steps=1, strategy="auto", carry=half.carry)
+    assert rest.info.strategy == "loop"
+    whole = torch.stack([fm.unroll(problem, rate, fm.Task(each, each), steps=2).loss for each in x]).mean()
+    close(rest.loss.detach(), whole.detach())
+    with pytest.raises(fm.GraphError, match=r"'worst'\] differs between the tasks, \(4\.0, 16\.0\).*strategy='loop'"):
+        fm.unroll_batch(counting(lambda loss: 0.0), rate, tasks, steps=1, strategy="vmap", carry=half.carry)
+
+
+def test_a_python_number_that_all_tasks_share_stays_one() -> None:
+    x = torch.tensor([2.0, -1.0]).double()
+    rate = torch.tensor(0.2).double().requires_grad_()
+    for strategy in BOTH:
+        out = fm.unroll_batch(counting(lambda loss: 3.0), rate, fm.Task(x, x), steps=1, strategy=strategy)  # type: ignore[arg-type]
+        assert out.state["worst"] == 3.0
+    assert repr(stack([{"n": 0.0}, {"n": -0.0}])) == "{'n': Each((0.0, -0.0))}"
+
+
+def test_stacked_tasks_keep_their_python_numbers() -> None:
+    tasks = fm.tasks.stack([fm.Task((torch.ones(2), n), None) for n in (3, 5)])
+    assert [unstack(tasks, index).support[1] for index in (0, 1)] == [3, 5]
+
+
+@pytest.mark.parametrize("strategy", ["loop", "vmap", "auto"])
+@pytest.mark.parametrize("read", [lambda task: task.spec, lambda task: task[2], lambda task: [*task][2]])
+def test_init_sees_the_spec_of_its_own_task(strategy: Any, read: Any) -> None:
+    problem = fm.Problem(
+        lambda meta, task, seed: meta * float(read(task)["scale"]),
+        lambda meta, w, x, seed: (w * meta, fm.StepInfo(w)),
+        lambda meta, w, x, seed: w * x,
+    )
+    meta, x = torch.tensor(2.0, requires_grad=True), torch.ones(2)
+    tasks = fm.Task(x, x, ({"scale": 3}, {"scale": 5}))
+    assert fm.unroll_batch(problem, meta, tasks, steps=1, strategy=strategy).loss.item() == 16.0
+    alike = tasks._replace(spec=({"scale": 3}, {"scale": 3}))
+    assert fm.unroll_batch(problem, meta, alike, steps=1, strategy=strategy).loss.item() == 12.0
+
+
+def test_frozen_parameters_are_held_once() -> None:
+    net = nn.Sequential(nn.Linear(3, 40), nn.Linear(40, 2)).double()
+    net[0].requires_grad_(False)
+    out = run(setting(net), "loop")[0]
+    for state in (out.state, out.carry.state):
+        frozen = state.buffers["0.weight"]
+        assert frozen.shape == (TASKS, 40, 3)
+        assert frozen.untyped_storage().nbytes() == 40 * 3 * 8
+
+
+# ---- what auto remembers
+
+
+def test_auto_remembers_by_every_function() -> None:
+    problem, meta, tasks = setting()
+    fm.unroll_batch(problem, meta, tasks, steps=2, strategy="vmap")
+
+    def judge(meta: Any, state: Any, query: Any, seed: int) -> Tensor:
+        loss = problem.meta_loss(meta, state, query, seed)  # type: ignore[misc]
+        return loss * (2.0 if loss.item() > 0 else 1.0)
+
+    def init(meta: Any, task: fm.Task, seed: int) -> Any:
+        assert task.support[0].sum().item() < 1e9
+        return problem.init(meta, task, seed)
+
+    for other in (problem._replace(meta_loss=judge), problem._replace(init=init)):
+        assert fm.unroll_batch(other, meta, tasks, steps=2).info.strategy == "loop"
+
+
+class Slotted:
+    """A step that takes no weak reference."""
+
+    __slots__ = ("calls", "problem")
+
+    def __init__(self, problem: fm.Problem) -> None:
+        self.problem, self.calls = problem, 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return self.problem.step(*arguments)
+
+    def method(self, *arguments: Any) -> Any:
+        return self(*arguments)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_auto_takes_a_step_without_weak_references(bound: bool) -> None:
+    problem, meta, tasks = setting()
+    step = Slotted(problem)
+    calls = []
+    for _ in range(2):
+        case = problem._replace(step=step.method if bound else step)
+        fm.unroll_batch(case, meta, tasks, steps=2)
+        calls.append(step.calls)
+    assert calls[1] - calls[0] <= 2 * TASKS < calls[0]
+
+
+class Shared:
+    """Problems whose functions are methods of one class."""
+
+    def __init__(self, look: bool) -> None:
+        self.look, self.problem = look, setting()[0]
+
+    def step(self, *arguments: Any) -> Any:
+        state, info = self.problem.step(*arguments)
+        return state, info._replace(aux=info.loss.item() if self.look else None)
+
+
+def test_auto_remembers_by_the_object_of_a_method() -> None:
+    _, meta, tasks = setting()
+    for look in (True, False):
+        shared = Shared(look)
+        run_of = shared.problem._replace(step=shared.step)
+        fm.unroll_batch(run_of, meta, tasks, steps=2, strategy="loop" if look else "vmap")
+        assert look is (fm.unroll_batch(run_of, meta, tasks, steps=2).info.strategy == "loop") or not look
+
+
+def test_auto_takes_the_loop_for_particles() -> None:
+    """Each task has its own perturbations in a loop, and all have the same under vmap: other numbers."""
+    case = setting()
+    for estimator in (fm.EvolutionStrategies(0.1, 2), fm.PersistentES(0.1, 2, 2)):
+        assert run(case, "auto", estimator=estimator)[0].info.strategy == "loop"
+
+
+# ---- an unroll inside of an unroll
+
+
+def nested(estimator: Any, where: str) -> fm.Problem:
+    def deep(meta: Any, p: Tensor, batch: Tensor, seed: int) -> Any:
+        loss, slope = fm.value_and_grad(lambda p: (meta["w"] * p - batch).square() + 0.2 * p**4)(p)
+        return p - 0.1 * slope, fm.StepInfo(loss)
+
+    within = fm.Problem(lambda meta, task, seed: meta["w"] * 0.5, deep, lambda meta, p, query, seed: (p - query) ** 2)
+
+    def inner(w: Tensor, x: Tensor) -> Tensor:
+        return fm.unroll(within, {"w": w}, fm.Task(x, x), steps=2, estimator=estimator).loss
+
+    def step(meta: Any, w: Tensor, x: Tensor, seed: int) -> Any:
+        extra = inner if where == "loss" else lambda w, x: 0.0
+        loss, slope = fm.value_and_grad(lambda w: extra(w, x) + (w - meta) ** 2 * x)(w)
+        w = w - 0.1 * slope + (0.1 * inner(w, x) if where == "step" else 0.0)
+        return w, fm.StepInfo(loss, inner(w, x) if where == "share" else None)
+
+    return fm.Problem(
+        lambda meta, task, seed: inner(meta, task.query) if where == "init" else torch.zeros(()).double(),
+        step,
+        lambda meta, w, x, seed: inner(w, x) if where == "meta-loss" else w**2,
+    )
+
+
+@pytest.mark.parametrize("where", ["init", "loss", "step", "share", "meta-loss"])
+@pytest.mark.parametrize("estimator", [fm.Reverse(), fm.FirstOrder()], ids=repr)
+def test_an_unroll_inside_of_another(estimator: Any, where: str) -> None:
+    x, meta = torch.tensor([1.0, 2.0, -0.5]).double(), torch.tensor(0.7).double().requires_grad_()
+    case = nested(estimator, where), meta, fm.Task(x, x)
+    (loop, (expected,)), (vmap, (slope,)) = (run(case, each) for each in BOTH)
+    close(vmap.loss, loop.loss)
+    close(slope, expected)
+    if isinstance(estimator, fm.Reverse):
+        with torch.no_grad():
+            up, down = (run_loss(case, meta + h) for h in (1e-5, -1e-5))
+        assert float(slope) == pytest.approx((up - down) / 2e-5, rel=1e-6)
+
+
+def run_loss(case: Any, meta: Tensor) -> float:
+    return fm.unroll_batch(case[0], meta, case[2], steps=3, strategy="vmap").loss.item()
+
+
+def test_a_nested_unroll_that_vmap_can_not_run_is_refused() -> None:
+    x, meta = torch.tensor([1.0, 2.0]).double(), torch.tensor(0.7).double().requires_grad_()
+    case = nested(fm.ForwardMode(), "meta-loss"), meta, fm.Task(x, x)
+    with pytest.raises(fm.GraphError, match=r"ForwardMode .* Pass strategy='loop'"):
+        run(case, "vmap")

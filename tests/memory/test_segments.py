@@ -158,6 +158,8 @@ def count(memory: Any, *, estimator: Any = fm.Reverse(), vmap: bool = False) -> 
     meta = {"params": fm.init_params(net)}
     options: dict[str, Any] = {"steps": STEPS, "memory": memory, "estimator": estimator}
     if vmap:
+        fm.unroll_batch(problem, meta, task, strategy="vmap", **options)  # the first call compares with a loop
+        ran = 0
         out = fm.unroll_batch(problem, meta, task, strategy="vmap", **options)
     else:
         out = fm.unroll(problem, meta, task, **options)
