@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcmeta._errors import GraphError
+from funcmeta._writes import WRITES
 
 
 class watched:
@@ -47,5 +48,5 @@ def _backward(tensor: Tensor, *args: Any, **options: Any) -> Any:
     return tensor.backward(*args, **options)  # type: ignore[no-untyped-call]
 
 
-WATCHED: dict[Any, Callable[..., Any]] = {torch.autograd.grad: _grad, Tensor.backward: _backward}
+WATCHED: dict[Any, Callable[..., Any]] = {torch.autograd.grad: _grad, Tensor.backward: _backward, **WRITES}
 """What a mode has to call in place of torch's own functions, so that they are watched."""

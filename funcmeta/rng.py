@@ -83,6 +83,11 @@ def states() -> list[Tensor]:
     return [each.get_state() for each in _generators()]
 
 
+def restore(states: list[Tensor]) -> None:
+    """Put torch's global generators into earlier ``states``."""
+    _set(states)
+
+
 def _set(states: list[Tensor]) -> None:
     for each, state in zip(_generators(), states, strict=False):
         each.set_state(state)

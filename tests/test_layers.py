@@ -14,7 +14,9 @@ LAYERS = (
     ("_typing", "_errors", "_check", "_files", "_machine", "tree", "rng"),
     (
         *("_batching", "_context", "_exact_layers", "_gradient", "_graph", "_live_bytes", "_lowering", "_mixed"),
-        *("_watch", "model", "optim", "linear_solve", "tasks"),
+        *("_module_copies", "_structure", "_structure_parts", "_structure_places"),
+        *("_structure_walk", "_watch", "_writes"),
+        *("model", "optim", "linear_solve", "tasks"),
     ),
     ("learned", "problem", "memory"),
     ("compiled", "estimators"),
