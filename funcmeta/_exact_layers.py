@@ -28,6 +28,7 @@ from funcmeta._duals import Watch
 from funcmeta._graph import inside_functorch
 from funcmeta._task_reads import READS
 from funcmeta._watch import WATCHED
+from funcmeta._writes import check_write
 
 
 class exact_layers:
@@ -57,6 +58,8 @@ class ExactLayers(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         run: Callable[..., Any] = _EXACT.get(func) or WATCHED.get(func, func)
+        if kwargs and "out" in kwargs:
+            check_write(kwargs["out"], f"{func.__name__} with out")
         return run(*args, **(kwargs or {}))
 
 
@@ -275,6 +278,8 @@ def _dropped(dropout: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same for dropout, which may have to write to its input."""
 
     def dropped(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if inplace:
+            check_write(input, f"{dropout.__name__} with inplace")
         if input.is_contiguous():
             return dropout(input, p, training, inplace)
         out = dropout(input.contiguous(), p, training)

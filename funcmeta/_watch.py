@@ -10,6 +10,7 @@ from torch import Tensor
 from funcmeta import tree
 from funcmeta._batching import innermost_level
 from funcmeta._errors import GraphError
+from funcmeta._writes import WRITES
 
 
 class watched:
@@ -75,5 +76,6 @@ WATCHED: dict[Any, Callable[..., Any]] = {
     torch.autograd.grad: _grad,
     Tensor.backward: _backward,
     Tensor.register_hook: _register_hook,
+    **WRITES,
 }
 """What a mode has to call in place of torch's own functions, so that they are watched."""

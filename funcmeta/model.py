@@ -1,6 +1,5 @@
 """A module as a pure function of its parameters, its buffers and its inputs."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,22 +9,26 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from funcmeta import rng, tree
-from funcmeta._errors import ArgumentError, GraphError, StructureError
+from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._exact_layers import exact_layers
+from funcmeta._module_copies import Copies
 from funcmeta._typing import Buffers, Params
 
 
 class FunctionalModel:
     """A module's computation without its tensors: out, buffers' = model(params, buffers, x).
 
-    The model holds a copy of the module's structure whose tensors have no storage, so neither a call nor a training
-    run can write into the module it was made from. Each call goes through ``torch.func.functional_call``.
+    The model holds a recipe of the module, without its tensors. Each call runs on a copy made for it alone, so it
+    begins from the module as it was given, in every thread; what the module keeps (counters, caches, lists of hooks)
+    ends with the call. Where that would change the result of the next call, the call raises. Lists, closures, patched
+    forwards and hooks that refer to the module or its tensors refer to those of the copy.
 
     - A weight that the module uses under several names is one entry of ``params`` and stays one weight.
     - Buffers (BatchNorm statistics, counters) are constants: copied in and returned, never written in place.
+    - Frozen parameters are constants too, shared by all calls; one that the module writes to (a momentum encoder) is
+      copied in and returned like a buffer. A write to a trainable parameter raises before it is made.
     - Dropout and other draws follow ``seed``: the same seed gives the same draws, and the global generator is put back.
-    - A module whose forward names ``checkpoint`` (``torch.utils.checkpoint``) runs as a copy that keeps its tensors,
-      because it is run again in the backward pass.
+    - A module that runs itself again in the backward pass (``torch.utils.checkpoint``) does so on the copy of its call.
     - Attention runs through PyTorch's MATH backend, and recurrent layers without cuDNN and oneDNN: the other backends
       lack derivatives, or take many times longer for the second. Batch, layer, instance and weight normalization are
       computed by elementary operations, because torch's fused kernels are wrong under ``vmap`` and in third, that of
@@ -41,26 +44,22 @@ class FunctionalModel:
         >>> out.shape
         torch.Size([4, 2])
 
-    Source: ``torch.func.functional_call`` (PyTorch documentation).
+    Source: this library; the signature is that of ``torch.func.functional_call``.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._shapes = {name: tensor.shape for name, tensor in _trainable(module).items()}
         self._frozen = {name for name, tensor in module.named_parameters() if not tensor.requires_grad}
-        self._buffer_names = _constants(module).keys()
-        self._aliases = tied_names(module)
-        self._skeleton = _skeleton(module)
-        self._modes = [each.training for each in self._skeleton.modules()]
-        self._mode: bool | None = None
-        self._recomputes = any(_mentions_checkpoint(each) for each in module.modules())
+        self._buffer_names = frozenset(_constants(module))
         self._recurrent = any(isinstance(each, nn.RNNBase) for each in module.modules())
+        self._copies = Copies(module, _trainable(module), _constants(module))
 
     def __call__(
         self,
         params: Params,
         buffers: Buffers,
         *args: Any,
-        train: bool | None = True,
+        train: bool | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Buffers]:
@@ -79,32 +78,15 @@ class FunctionalModel:
 
         Raises:
             StructureError: names or shapes differ from the module's.
-            GraphError: the module computes a buffer in such a way that it carries a derivative.
+            GraphError: the module computes a buffer in such a way that it carries a derivative, writes to a trainable
+                parameter or puts another in its place, keeps something outside of its buffers that changes the next
+                call, or reads a tensor computed from its parameters before.
         """
-        self._set_mode(train)
         with torch._C.DisableTorchFunction():
             self._check(params, buffers)
-            tensors = dict(params)
-            for name, tensor in buffers.items():
-                tensors[name] = tensor.detach() if name in self._frozen else tensor.detach().clone()
-        tensors.update({alias: tensors[name] for alias, name in self._aliases.items()})
         plainly = _plain_recurrence() if self._recurrent else nullcontext()
         with exact_layers(), plainly, nullcontext() if seed is None else rng.forked(seed):
-            if self._recomputes:
-                module = self._filled(tensors)
-                out = module(*args, **kwargs)
-                tensors.update({name: buffer.detach().clone() for name, buffer in module.named_buffers()})
-            else:
-                out = torch.func.functional_call(self._skeleton, tensors, args, kwargs, tie_weights=False)
-        return out, {name: self._constant(name, tensors[name]) for name in buffers}
-
-    def _filled(self, tensors: dict[str, Tensor]) -> nn.Module:
-        """A copy of the structure that holds these tensors for good, as a module that is run again later needs it."""
-        hollow = {**dict(self._skeleton.named_parameters()), **dict(self._skeleton.named_buffers())}
-        module = copy.deepcopy(self._skeleton, {id(tensor): tensors[name] for name, tensor in hollow.items()})
-        for each in module.modules():
-            _with_exact_layers(each)
-        return module
+            return self._copies.run(params, buffers, train, args, kwargs)
 
     def _check(self, params: Params, buffers: Buffers) -> None:
         for what, got, expected in (
@@ -130,22 +112,6 @@ class FunctionalModel:
                     f"params['{name}'] has shape {list(tensor.shape)}, expected {list(self._shapes[name])}. "
                     f"Start from init_params(module)."
                 )
-
-    def _constant(self, name: str, buffer: Tensor) -> Tensor:
-        if buffer.requires_grad:
-            raise GraphError(
-                f"The buffer '{name}' came out of the module's forward with a derivative; buffers are constants of a "
-                f"step. Update it from detached tensors, or carry it in the state of a Problem of your own."
-            )
-        return buffer
-
-    def _set_mode(self, train: bool | None) -> None:
-        if train is None:
-            for each, mode in zip(self._skeleton.modules(), self._modes, strict=True):
-                each.training = mode
-        elif train is not self._mode:
-            self._skeleton.train(train)
-        self._mode = train
 
 
 def functionalize(module: nn.Module) -> tuple[FunctionalModel, Params, Buffers]:
@@ -200,29 +166,6 @@ def init_params(module: nn.Module) -> Params:
     return {name: tensor.detach().clone().requires_grad_() for name, tensor in _trainable(module).items()}
 
 
-def _with_exact_layers(module: nn.Module) -> None:
-    """Let a module compute with exact layers whenever it is called."""
-    entered: list[exact_layers] = []
-
-    def enter(*_: Any) -> None:
-        entered.append(exact_layers())
-        entered[-1].__enter__()
-
-    def leave(*_: Any) -> None:
-        entered.pop().__exit__(None, None, None)
-
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave, always_call=True)
-
-
-def _mentions_checkpoint(module: nn.Module) -> bool:
-    """Whether a module's forward names ``checkpoint``: what runs again in a backward pass."""
-    code = getattr(type(module).forward, "__code__", None)
-    named = code is not None and any("checkpoint" in name for name in (*code.co_names, *code.co_freevars))
-    held = [value for name, value in vars(module).items() if "checkpoint" in name]
-    return named or any(value is True or callable(value) for value in held)
-
-
 def _trainable(module: nn.Module) -> Params:
     return {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
 
@@ -254,24 +197,6 @@ def tied_names(module: nn.Module) -> dict[str, str]:
                 aliases[name] = first[id(tensor)]
             first.setdefault(id(tensor), name)
     return aliases
-
-
-def _skeleton(module: nn.Module) -> nn.Module:
-    """The module's structure, tied where it was tied, with tensors that have no storage."""
-    named = {**_trainable(module), **_constants(module)}
-    memo: dict[int, Any] = {id(tensor): _hollow(tensor) for tensor in named.values()}
-    try:
-        return copy.deepcopy(module, memo)
-    except RuntimeError as error:
-        raise ArgumentError(
-            f"{type(module).__name__} can not be copied: {error}. Register what it computes from its parameters with "
-            f"torch.nn.utils.parametrize, or compute it in forward."
-        ) from error
-
-
-def _hollow(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _check_module(module: nn.Module) -> None:

@@ -108,6 +108,10 @@ class TaskDraws:
         """The same, for draws that are to be made again."""
         return TaskDraws(self._seed, self._reached)
 
+    def go_back(self, earlier: "TaskDraws") -> None:
+        """Stand where a copy stands that was made before."""
+        self._reached = earlier._reached
+
     def each(self, tasks: int, draw: Callable[[int], Any]) -> list[Any]:
         """The draw of each task, for which torch's global generators stand where they would if it ran by itself."""
         seeds = self._seed.each if isinstance(self._seed, Seed) else (self._seed,) * tasks
@@ -185,6 +189,14 @@ def states() -> States:
 
 def _states() -> list[Tensor]:
     return [each.get_state() for each in _generators()]
+
+
+def restore(earlier: States) -> None:
+    """Let draws go on from where they stood earlier, in the same block."""
+    _set(earlier)
+    tasks = _task_draws.get()
+    if tasks is not None and earlier.tasks is not None:
+        tasks.go_back(earlier.tasks)
 
 
 def _seed(seed: int) -> None:

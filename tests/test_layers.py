@@ -14,7 +14,9 @@ LAYERS = (
     ("_typing", "_errors", "_check", "_files", "_machine", "tree", "rng"),
     (
         *("_batching", "_context", "_draws", "_duals", "_exact_layers", "_gradient", "_graph", "_live_bytes"),
-        *("_lost_order", "_lowering", "_lowering_checks", "_mixed", "_split", "_task_reads", "_value_key", "_watch"),
+        *("_lost_order", "_lowering", "_lowering_checks", "_mixed", "_module_copies", "_split", "_structure"),
+        *("_structure_parts", "_structure_places", "_structure_walk", "_task_reads", "_value_key", "_watch"),
+        *("_writes"),
         *("model", "optim", "linear_solve", "tasks"),
     ),
     ("learned", "problem", "memory"),
