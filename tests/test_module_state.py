@@ -318,3 +318,47 @@ def test_threads_do_not_see_each_other() -> None:
     alone = [score(task) for task in tasks]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(score, tasks)) == alone
+
+
+def test_a_view_of_a_buffer_that_lies_otherwise_in_memory_is_refused() -> None:
+    net = Base()
+    net.register_buffer("table", torch.ones(2, 3))
+    net.row = net.table[0]  # type: ignore[index]
+    model, params, _ = fm.functionalize(net)
+    with pytest.raises(fm.GraphError, match=r"'row' is a view of 'table', .* Take the view in forward"):
+        model(params, {"table": torch.ones(3, 2).T}, torch.ones(2, 3))
+
+
+def test_what_is_nested_too_deeply_is_refused() -> None:
+    net = Base()
+    net.chain = []  # type: ignore[assignment]
+    for _ in range(5000):
+        net.chain = [net.chain]  # type: ignore[assignment, list-item]
+    with pytest.raises(fm.ArgumentError, match=r"Base can not be copied: .* nested too deeply. Let it hold less"):
+        fm.functionalize(net)
+
+
+def test_a_hook_that_forward_registers_is_state() -> None:
+    class Registering(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            self.b.register_forward_hook(lambda module, inputs, out: 2 * out)
+            return out
+
+    with pytest.raises(fm.GraphError, match=r"The module keeps 'b\._forward_hooks"):
+        by_us(Registering().double())
+
+
+def test_the_module_is_not_held() -> None:
+    import gc
+    import weakref
+
+    net = Base()
+    net.again = net.forward  # type: ignore[assignment]
+    net.pair = (net.a, {net.b: 1})  # type: ignore[assignment]
+    watch = weakref.ref(net.a)
+    model, params, buffers = fm.functionalize(net)
+    del net
+    gc.collect()
+    assert watch() is None
+    model(params, buffers, torch.ones(1, 3))
