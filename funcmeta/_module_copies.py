@@ -15,7 +15,7 @@ from funcmeta import rng
 from funcmeta._errors import ArgumentError, GraphError
 from funcmeta._exact_layers import exact_layers
 from funcmeta._structure import Copy, Structure, distance, tensors_in
-from funcmeta._structure_parts import Filled
+from funcmeta._structure_parts import EMPTY, KIND, Filled
 from funcmeta._typing import Buffers, Params
 from funcmeta._writes import guarded, unwrapped
 
@@ -255,6 +255,8 @@ class _Mode:
 
 def _with_exact_layers(module: nn.Module) -> None:
     """Let a module compute with exact layers whenever it is called."""
+    own = vars(module)
+    own.update((name, KIND[name]()) for name, shared in EMPTY.items() if own.get(name) is shared)
     entered: list[exact_layers] = []
 
     def enter(*_: Any) -> None:

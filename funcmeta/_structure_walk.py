@@ -173,8 +173,8 @@ class Walk(Places):
                 self._share(value)
                 return None
             raise ArgumentError(
-                f"{self._title} can not be copied: '{path}' is a {kind.__name__} that refers to the module, and can "
-                f"not be built again. Keep it outside of the module."
+                f"{self._title} can not be copied: '{path}' is of type {kind.__name__}, which refers to the module and "
+                f"cannot be built again. Keep it outside of the module."
             ) from error
         place = self._shell(value, make)
         if hasattr(value, "__dict__"):

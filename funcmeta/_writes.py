@@ -27,15 +27,18 @@ class guarded:
 
     def __init__(self, *guards: tuple[Mapping[str, Tensor], Refuse]) -> None:
         self._guards = guards
+        self._refused: BaseException | None = None
         self._memory: dict[int, tuple[str, Refuse]] | None = None
 
     def __enter__(self) -> None:
         """Begin; blocks inside of others replace them."""
         self._token = _guarded.set(self)
 
-    def __exit__(self, *error: object) -> None:
-        """As before."""
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """As before; what was raised for a write comes out of the block even where something caught it."""
         _guarded.reset(self._token)
+        if self._refused is not None and error is not self._refused:
+            raise self._refused from error  # load_state_dict makes a RuntimeError of every Exception
 
     def check(self, target: Tensor, function: str) -> None:
         """Raise when the memory of a tensor is guarded."""
@@ -47,7 +50,8 @@ class guarded:
         found = self._memory.get(storage(target))
         if found is not None:
             name, refuse = found
-            raise refuse(name, function)
+            self._refused = refuse(name, function)
+            raise self._refused
 
 
 _guarded: ContextVar[guarded | None] = ContextVar("funcmeta_guarded", default=None)

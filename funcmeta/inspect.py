@@ -78,8 +78,8 @@ class Readiness(NamedTuple):
 def inspect(module: nn.Module, *inputs: Any, seed: int = 0) -> Readiness:
     """Try a module on real inputs and say which transforms it supports, and what to do where it does not.
 
-    The module is run as the library runs it (``functionalize``), in train mode, on copies. The scalar that is
-    differentiated is the mean square of its floating-point outputs.
+    The module is run as the library runs it (``functionalize``), each submodule in its own mode, on copies. The scalar
+    that is differentiated is the mean square of its floating-point outputs.
 
     - double backward: the derivative of the gradient along a direction exists, and agrees with a difference quotient.
     - forward AD: forward-over-reverse gives the same derivative.

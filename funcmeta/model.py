@@ -11,8 +11,10 @@ from torch.nn.parameter import is_lazy
 from funcmeta import rng, tree
 from funcmeta._errors import ArgumentError, StructureError
 from funcmeta._exact_layers import exact_layers
-from funcmeta._module_copies import Copies
+from funcmeta._gradient import constant, steering
+from funcmeta._module_copies import Copies, written
 from funcmeta._typing import Buffers, Params
+from funcmeta._writes import guarded
 
 
 class FunctionalModel:
@@ -87,6 +89,36 @@ class FunctionalModel:
         plainly = _plain_recurrence() if self._recurrent else nullcontext()
         with exact_layers(), plainly, nullcontext() if seed is None else rng.forked(seed):
             return self._copies.run(params, buffers, train, args, kwargs)
+
+    @property
+    def hooked(self) -> frozenset[str]:
+        """The names of the parameters that have hooks (``Tensor.register_hook``) on their gradients."""
+        return self._copies.hooked
+
+    def apply_hooks(
+        self, grads: Mapping[str, Any], params: Params, buffers: Buffers, *, train: bool | None = None
+    ) -> Params:
+        """The gradients after the parameters' hooks, in the order of registration, as ``backward()`` applies them.
+
+        ``inner_problem`` does this; so should a step of your own that trains a module with such hooks. A hook that
+        refers to the module sees these tensors. A gradient that is None stays so.
+
+        Args:
+            grads: gradients by the names of ``params``, or of some of them.
+            params: every trainable tensor.
+            buffers: every buffer and frozen parameter.
+            train: as in a call.
+
+        Returns:
+            The gradients; constants where the estimator takes gradients as constants.
+        """
+        changed = self._copies.apply_hooks(grads, params, buffers, train)
+        current = steering()
+        return tree.detach(changed) if current is not None and current.rule is constant else changed
+
+    def guarding(self, params: Params) -> guarded:
+        """Inside this block a write to one of the parameters raises ``GraphError`` before it is made."""
+        return guarded((params, written))
 
     def _check(self, params: Params, buffers: Buffers) -> None:
         for what, got, expected in (

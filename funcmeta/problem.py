@@ -1,7 +1,7 @@
 """The inner training as pure functions: the nouns, and the usual problem made from a module and a loss."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,8 @@ def inner_problem(
     optimizer: Transform | Callable[[Meta], Transform],
     meta_loss_fn: InnerLoss | None = None,
     trajectory_loss: bool | Callable[[Tensor], float | Tensor] = False,
-    train: bool | None = True,
+    train: bool | None = None,
+    query_train: bool | Literal["same"] | None = "same",
     adapt: Callable[[str], bool] | None = None,
 ) -> Problem:
     """The usual problem: train a module on a task's support by an inner optimizer, judge it on the query.
@@ -138,6 +139,8 @@ def inner_problem(
         trajectory_loss: False; True for the sum of the inner losses; or a function of the step (0-d int64 tensor,
             from 0) that gives the weight of its loss.
         train: train mode (True), eval mode (False), or each submodule in its own mode (None).
+        query_train: the same for ``meta_loss_fn``; "same" is the mode of the inner training, False judges by running
+            statistics and without dropout.
         adapt: which parameters the inner loop trains, by name; the others stay at their initial point, which is
             still part of ``meta``. Default: all.
 
@@ -146,7 +149,7 @@ def inner_problem(
 
     Raises:
         ArgumentError: ``module`` can not be made functional, a loss or ``adapt`` is no function, ``optimizer`` is or
-            gives no ``Transform``, ``train`` is neither True, False nor None, a weight is no number, ``adapt`` selects
+            gives no ``Transform``, ``train`` or ``query_train`` is no mode, a weight is no number, ``adapt`` selects
             nothing, or a task without a query meets a meta-loss that needs one.
         StructureError: ``meta["params"]`` does not fit the module in names, shapes, dtypes or device.
 
@@ -166,6 +169,9 @@ def inner_problem(
     Andrychowicz et al. (2016), equation 3.
     """
     check_flag("train", train, or_none=True)
+    if query_train != "same" and not (query_train is None or isinstance(query_train, bool)):
+        raise ArgumentError(f"query_train is {query_train!r}, expected True, False, None or 'same'. Pass one of them.")
+    judged = train if query_train == "same" else query_train
     model, own_params, own_buffers = functionalize(module)
     for name, value, optional in (
         ("loss_fn", loss_fn, False),
@@ -194,9 +200,8 @@ def inner_problem(
             raise ArgumentError(f"optimizer(meta) returned {made!r}, {_TRANSFORM}")
         return made
 
-    def predictor(meta: Meta, params: Params, buffers: Buffers) -> Predict:
-        everything = params if adapt is None else {**initial(meta), **params}
-        return Predict(model, everything, buffers, train=train)
+    def all_of(meta: Meta, params: Params) -> Params:
+        return params if adapt is None else {**initial(meta), **params}
 
     def init(meta: Meta, task: Task, seed: int) -> InnerState:
         tree.check_same(own_params, initial(meta), name="meta['params']", advice=_START)
@@ -208,12 +213,14 @@ def inner_problem(
 
     def step(meta: Meta, state: InnerState, batch: Batch, seed: int) -> tuple[InnerState, StepInfo]:
         def objective(params: Params) -> tuple[Tensor, Buffers]:
-            predict = predictor(meta, params, state.buffers)
-            with rng.forked(seed):
+            predict = Predict(model, all_of(meta, params), state.buffers, train=train)
+            with rng.forked(seed), model.guarding(predict.params):
                 return loss_fn(meta, predict, batch), predict.buffers
 
         # as after backward() in torch: what the loss does not use has no gradient, and the optimizer leaves it alone
         (loss, buffers), grads = value_and_grad(objective, has_aux=True, materialize_grads=False)(state.params)
+        if model.hooked:
+            grads = model.apply_hooks(grads, all_of(meta, state.params), buffers, train=train)
         params, opt_state = advance(transform(meta), grads, state.opt_state, state.params)
         share = weighted(state.step, loss) if callable(trajectory_loss) else loss if trajectory_loss else None
         return InnerState(params, buffers, opt_state, state.step + 1), StepInfo(loss, share)
@@ -235,6 +242,8 @@ def inner_problem(
             )
         assert meta_loss_fn is not None
         with rng.forked(seed):
-            return meta_loss_fn(meta, predictor(meta, state.params, state.buffers), query)
+            predict = Predict(model, all_of(meta, state.params), state.buffers, train=judged)
+            with model.guarding(predict.params):
+                return meta_loss_fn(meta, predict, query)
 
     return Problem(init, step, None if meta_loss_fn is None else meta_loss)

@@ -24,7 +24,7 @@ def build(
     estimator: Estimator = Reverse(),  # noqa: B008
     memory: Memory = StoreAll(),  # noqa: B008
     strategy: Strategy = "auto",
-    train: bool | None = True,
+    train: bool | None = None,
 ) -> Algorithm:
     """ANIL: as MAML, but only the parameters whose name begins with ``head`` take inner steps; all are meta-learned.
 

@@ -101,7 +101,7 @@ def build(
     estimator: Estimator = FirstOrder(),  # noqa: B008
     memory: Memory = StoreAll(),  # noqa: B008
     strategy: Strategy = "auto",
-    train: bool | None = True,
+    train: bool | None = None,
 ) -> L2L:
     """L2L: min over φ of Σ_k ℓ(θ_k), θ_{k+1} = θ_k + u_k, u_k, h_{k+1} = optimizer_φ(θ_k, ∇ℓ(θ_k), h_k).
 

@@ -22,7 +22,7 @@ def build(
     estimator: Estimator = Reverse(),  # noqa: B008
     memory: Memory = StoreAll(),  # noqa: B008
     strategy: Strategy = "auto",
-    train: bool | None = True,
+    train: bool | None = None,
 ) -> Algorithm:
     """MAML: min over θ_0 of Σ_t ℓ_t(θ_K, query), θ_{k+1} = θ_k − lr ∇ℓ_t(θ_k, support).
 

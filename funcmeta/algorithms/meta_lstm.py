@@ -33,7 +33,7 @@ def build(
     estimator: Estimator = FirstOrder(),  # noqa: B008
     memory: Memory = StoreAll(),  # noqa: B008
     strategy: Strategy = "auto",
-    train: bool | None = True,
+    train: bool | None = None,
 ) -> Algorithm:
     """Meta-LSTM: θ_{k+1} = f_k ∘ θ_k − i_k ∘ ∇ℓ(θ_k), with gates that an LSTM opens, and θ_0 learned with them.
 
@@ -92,7 +92,7 @@ def build(
     )
 
 
-def problem(module: nn.Module, loss_fn: InnerLoss, cell: "Cell", *, train: bool | None = True) -> Problem:
+def problem(module: nn.Module, loss_fn: InnerLoss, cell: "Cell", *, train: bool | None = None) -> Problem:
     """The problem that meta-LSTM unrolls, for `unroll`, `compare`, `compile` and checks.
 
     One step is θ' = f ∘ θ − i ∘ ∇ℓ(θ), with the gates of the cell whose weights are ``meta["cell"]``.
@@ -127,10 +127,12 @@ def problem(module: nn.Module, loss_fn: InnerLoss, cell: "Cell", *, train: bool 
     def step(meta: Meta, state: InnerState, batch: Batch, seed: int) -> tuple[InnerState, StepInfo]:
         def objective(params: Params) -> tuple[Tensor, Buffers]:
             predict = Predict(model, params, state.buffers, train=train)
-            with rng.forked(seed):
+            with rng.forked(seed), model.guarding(params):
                 return loss_fn(meta, predict, batch), predict.buffers
 
         (loss, buffers), grads = value_and_grad(objective, has_aux=True)(state.params)
+        if model.hooked:
+            grads = model.apply_hooks(grads, state.params, buffers, train=train)
         # ℓ is ∂(sℓ)/∂s too, and so to the estimator as much of a constant as the gradient is
         _, seen = value_and_grad(torch.mul)(torch.ones_like(loss), loss)
         entered = state.opt_state._replace(loss=seen)

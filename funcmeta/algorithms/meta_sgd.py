@@ -25,7 +25,7 @@ def build(
     estimator: Estimator = Reverse(),  # noqa: B008
     memory: Memory = StoreAll(),  # noqa: B008
     strategy: Strategy = "auto",
-    train: bool | None = True,
+    train: bool | None = None,
 ) -> Algorithm:
     """Meta-SGD: as MAML with θ_{k+1} = θ_k − α ∘ ∇ℓ(θ_k), where α has the shape of θ and is learned with θ_0.
 

@@ -20,7 +20,7 @@ def build(
     steps: int,
     optimizer: Transform,
     strategy: Strategy = "auto",
-    train: bool | None = True,
+    train: bool | None = None,
 ) -> Algorithm:
     """Reptile: the outer gradient is the mean over tasks of θ_0 − θ_K; outer SGD at rate ε is the paper's update.
 
