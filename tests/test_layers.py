@@ -13,8 +13,8 @@ import pytest
 LAYERS = (
     ("_typing", "_errors", "_check", "_files", "_machine", "tree", "rng"),
     (
-        *("_batching", "_context", "_draws", "_exact_layers", "_gradient", "_graph", "_live_bytes", "_lowering", "_mixed"),
-        *("_task_reads", "_watch", "model", "optim", "linear_solve", "tasks"),
+        *("_batching", "_context", "_draws", "_exact_layers", "_gradient", "_graph", "_live_bytes", "_lowering"),
+        *("_mixed", "_task_reads", "_watch", "model", "optim", "linear_solve", "tasks"),
     ),
     ("learned", "problem", "memory"),
     ("compiled", "estimators"),
