@@ -1,9 +1,9 @@
 """Draws inside the level of stacked tasks: each task draws what it would by itself.
 
-A loop over tasks seeds torch's global generators for each task. Under ``vmap`` torch can draw the same for all tasks, or
-one stream for all of them together, but not that. So what draws is run once for each task, outside of the level, with
-the generators where this task left them (``rng.TaskDraws``), and the results are stacked. A draw that is not listed here
-raises, because the level is entered with ``randomness="error"``.
+A loop over tasks seeds torch's global generators for each task. Under ``vmap`` torch can draw the same for all tasks,
+or one stream for all of them together, but not that. So what draws is run once for each task, outside of the level,
+with the generators where this task left them (``rng.TaskDraws``), and the results are stacked. A draw that is not
+listed here raises, because the level is entered with ``randomness="error"``.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ How = Callable[[Level, rng.TaskDraws, Callable[..., Any], Sequence[Any], dict[st
 
 
 def apart(draw: Callable[..., Any], ordinary: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """What to call in place of a function of ``KNOWN``: itself (or ``ordinary``), for each task where there are some."""
+    """What to call in place of a function of ``KNOWN``: itself (or ``ordinary``), for each task if there are some."""
     how, draws = KNOWN[draw]
     plain = ordinary or draw
 
@@ -172,11 +172,12 @@ def _in_training(args: Sequence[Any], options: dict[str, Any]) -> bool:
     """Whether a dropout draws: it is in training unless it says otherwise."""
     (_, *rest), options = _input(args, options)
     p = rest[0] if rest else options.get("p", 0.5)
-    return bool(rest[1] if len(rest) > 1 else options.get("training", options.get("train", True))) and p > 0
+    training = rest[1] if len(rest) > 1 else options.get("training", options.get("train", True))
+    return bool(training and p > 0)
 
 
 def _in_attention(args: Sequence[Any], options: dict[str, Any]) -> bool:
-    return (args[4] if len(args) > 4 else options.get("dropout_p", 0.0)) > 0
+    return bool((args[4] if len(args) > 4 else options.get("dropout_p", 0.0)) > 0)
 
 
 def _in_heads(args: Sequence[Any], options: dict[str, Any]) -> bool:
@@ -191,38 +192,38 @@ def _between_layers(args: Sequence[Any], options: dict[str, Any]) -> bool:
 
 
 KNOWN: dict[Any, tuple[How, Callable[[Sequence[Any], dict[str, Any]], bool]]] = {
-    **{draw: (_new, _always) for draw in (torch.rand, torch.randn, torch.randint, torch.randperm)},
-    **{draw: (_like, _always) for draw in (torch.rand_like, torch.randn_like, torch.randint_like)},
-    **{
-        draw: (_filling, _always)
-        for draw in (
+    **dict.fromkeys((torch.rand, torch.randn, torch.randint, torch.randperm), (_new, _always)),
+    **dict.fromkeys((torch.rand_like, torch.randn_like, torch.randint_like), (_like, _always)),
+    **dict.fromkeys(
+        (
             *(Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.cauchy_, Tensor.geometric_),
             *(Tensor.log_normal_, Tensor.random_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_),
-        )
-    },
+        ),
+        (_filling, _always),
+    ),
     Tensor.bernoulli_: (_bernoulli_, _always),
     torch.normal: (_normal, _always),
-    **{
-        draw: (_masking, _in_training)
-        for draw in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout)
-    },
-    **{
-        draw: (_slicing, _in_training)
-        for draw in (F.alpha_dropout, F.feature_alpha_dropout, torch.alpha_dropout, torch.feature_alpha_dropout)
-    },
+    **dict.fromkeys(
+        (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout),
+        (_masking, _in_training),
+    ),
+    **dict.fromkeys(
+        (F.alpha_dropout, F.feature_alpha_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
+        (_slicing, _in_training),
+    ),
     torch.native_dropout: (_slicing, _in_training),
-    **{
-        draw: (_slicing, _always)
-        for draw in (
+    **dict.fromkeys(
+        (
             *(torch.bernoulli, Tensor.bernoulli, torch.multinomial, Tensor.multinomial, torch.poisson, torch.binomial),
             *(torch._standard_gamma, torch._sample_dirichlet, F.gumbel_softmax),
-            *(F.fractional_max_pool2d_with_indices, F._fractional_max_pool2d),
-            *(F.fractional_max_pool3d_with_indices, F._fractional_max_pool3d),
-        )
-    },
+            *(F.fractional_max_pool2d_with_indices, F._fractional_max_pool2d),  # type: ignore[attr-defined]
+            *(F.fractional_max_pool3d_with_indices, F._fractional_max_pool3d),  # type: ignore[attr-defined]
+        ),
+        (_slicing, _always),
+    ),
     **{draw: (_slicing, _training(3)) for draw in (F.rrelu, torch.rrelu)},
     F.scaled_dot_product_attention: (_slicing, _in_attention),
     F.multi_head_attention_forward: (_slicing, _in_heads),
-    **{layer: (_slicing, _between_layers) for layer in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), (_slicing, _between_layers)),
 }
 """What draws: how to draw it for each task, and whether a call with these arguments draws at all."""

@@ -17,12 +17,13 @@ def remembered(known: MutableMapping[Any, Any], problem: Problem) -> dict[Any, A
     """What is known of a problem's three functions together, to be added to; it goes when one of them does."""
     methods = []
     here: Any = known
-    for fn in (problem.step, problem.init, problem.meta_loss):
+    functions: list[Any] = [problem.step, problem.init, problem.meta_loss]
+    for fn in functions:
         if isinstance(fn, MethodType):  # made anew whenever it is looked up, unlike its object
             methods.append(fn.__func__)
-            fn = fn.__self__
+        owner = fn.__self__ if isinstance(fn, MethodType) else _absent if fn is None else fn
         try:
-            here = here.setdefault(_absent if fn is None else fn, WeakKeyDictionary())
+            here = here.setdefault(owner, WeakKeyDictionary())
         except TypeError:  # no weak reference to it, or no hash
             return _of_the_latest(problem)
     return here.setdefault(_absent, {}).setdefault(tuple(methods), {})  # type: ignore[no-any-return]

@@ -107,6 +107,9 @@ def _gap(one: Tensor, other: Tensor) -> float:
     """The largest distance of two entries; those that are not finite have to be the same."""
     if one.layout is not torch.strided or not one.numel():
         return 0.0
+    one, other = _once(one), _once(other)
+    if one.shape == other.shape and torch.equal(one, other):  # which takes no memory, unlike what follows
+        return 0.0
     if one.dtype is torch.bool or not (one.is_floating_point() or one.is_complex()):
         return 0.0 if torch.equal(one, other) else float("inf")
     same = torch.isclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
@@ -116,7 +119,17 @@ def _gap(one: Tensor, other: Tensor) -> float:
 def _size(tensor: Tensor) -> float:
     if tensor.layout is not torch.strided or not tensor.numel():
         return 0.0
-    return float(tensor.detach().abs().to(torch.float64).nan_to_num(0.0, 0.0, 0.0).max())
+    tensor = _once(tensor)
+    if tensor.dtype is torch.bool:
+        return 0.0
+    if tensor.is_complex() or not all(end.isfinite() for end in tensor.aminmax()):
+        return float(tensor.abs().to(torch.float64).nan_to_num(0.0, 0.0, 0.0).max())
+    return max(abs(float(end)) for end in tensor.aminmax())
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """One of several tasks that share the memory of a frozen parameter."""
+    return tensor[0] if tensor.dim() and tensor.stride(0) == 0 else tensor
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -49,9 +49,9 @@ def _grad_fn(tensor: Tensor) -> Any:
 
 
 def _set_requires_grad(tensor: Tensor, value: bool) -> None:
-    if innermost_level() is not None and value != beneath(tensor).requires_grad:
-        if beneath(tensor) is not tensor or not is_functorch_wrapped_tensor(tensor):
-            raise _refused("Tensor.requires_grad = ...", _OWN_LEAF)
+    own = beneath(tensor) is not tensor or not is_functorch_wrapped_tensor(tensor)
+    if innermost_level() is not None and own and value != beneath(tensor).requires_grad:
+        raise _refused("Tensor.requires_grad = ...", _OWN_LEAF)
     tensor.requires_grad = value
 
 
@@ -107,7 +107,7 @@ def _check_scale(scale_grad_by_freq: bool) -> None:
 READS: dict[Any, Callable[..., Any]] = {
     Tensor.requires_grad.__get__: _true(Tensor.requires_grad.__get__),  # type: ignore[attr-defined]
     Tensor.is_leaf.__get__: _true(Tensor.is_leaf.__get__),  # type: ignore[attr-defined]
-    Tensor.grad_fn.__get__: lambda tensor, *rest: _grad_fn(tensor),  # type: ignore[attr-defined]
+    Tensor.grad_fn.__get__: lambda tensor, *rest: _grad_fn(tensor),  # type: ignore[union-attr]
     Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     Tensor.requires_grad_: _requires_grad_,
     **{

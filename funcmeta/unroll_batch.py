@@ -271,12 +271,14 @@ def _objection(case: _Case, first: Any, steps: int) -> str:
     key = _key(case, first, steps)
     if key not in known and ("vmap", *key) not in known:
         known["vmap", *key] = _Known(_compared(case, min(steps, 2)), {})
-    return known[key if key in known else ("vmap", *key)].why
+    found: _Known = known[key if key in known else ("vmap", *key)]
+    return found.why
 
 
 def _compared(case: _Case, steps: int) -> str:
     """Take the first steps of two tasks both ways."""
-    case = case.some()._replace(problem=Problem(*[getattr(fn, "as_written", fn) for fn in case.problem]))
+    plain: Any = [getattr(fn, "as_written", fn) for fn in case.problem]
+    case = case.some()._replace(problem=Problem(*plain))
     alike = not _perturbs(case.estimator)
     if not alike:  # its particles are others under vmap: compare the run without perturbation
         case = case._replace(estimator=Reverse())

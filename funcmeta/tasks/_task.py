@@ -121,7 +121,7 @@ class WithoutSpec(Task):
     __slots__ = ()
 
     @property
-    def spec(self) -> Any:  # type: ignore[override]
+    def spec(self) -> Any:
         """Not here."""
         raise SpecRead
 
