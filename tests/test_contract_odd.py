@@ -165,7 +165,7 @@ class Referring(TwoLayers):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("shift", torch.full((4,), 0.3))
+        self.register_buffer("shift", torch.full((4,), 0.3, dtype=torch.float64))
         self.weights = [self.body.weight, self.head.weight]
         self.act = lambda z: torch.tanh(z + self.shift)
 
