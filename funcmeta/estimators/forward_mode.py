@@ -129,10 +129,7 @@ class _Trial(NamedTuple):
 
     def widen(self, directions: Sequence[Tensor]) -> list[Tensor]:
         """The directions and one more, the random one."""
-        return [
-            each[:1].expand(len(each) + 1, *each.shape[1:]) if more is None else torch.cat([each, more[None].to(each)])
-            for each, more in zip(directions, self.along, strict=True)
-        ]
+        return [_with_row(each, more) for each, more in zip(directions, self.along, strict=True)]
 
     def compare(self, slopes: Sequence[Tensor]) -> list[Tensor]:
         """The slopes along the directions alone; raise when the last, random one disagrees with reverse mode."""
@@ -144,6 +141,13 @@ class _Trial(NamedTuple):
         if abs(sum(found) - self.slope) > precision * scale or math.isnan(sum(found)) != math.isnan(self.slope):
             raise TangentError(_DISAGREES)
         return [each[:-1] for each in slopes]
+
+
+def _with_row(rows: Tensor, more: Tensor | None) -> Tensor:
+    """The rows and one more, of zeros where there is none; rows of zeros alone, as of frozen weights, take no room."""
+    if more is None and not rows.any():
+        return rows.new_zeros(()).expand(len(rows) + 1, *rows.shape[1:])
+    return torch.cat([rows, (torch.zeros_like(rows[0]) if more is None else more.to(rows))[None]])
 
 
 class _Trials:

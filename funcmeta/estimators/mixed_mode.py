@@ -23,9 +23,10 @@ class MixedMode:
     gradient with a tangent v, and no graph of the gradient. A step keeps its parameters instead of its graph, also
     under ``StoreAll``; the price is that evaluation.
 
-    Works under every memory policy; ``create_graph=True`` takes the gradient through its graph after all. So does an
-    inner loss that takes gradients itself, runs an ``autograd.Function`` of its own, or an operation without forward
-    mode: a ``FallbackWarning`` names it, and the result is as exact.
+    Works under every memory policy; ``create_graph=True`` takes the gradient through its graph after all. So does, for
+    the rest of the unroll, an inner loss that takes gradients itself, registers hooks, runs an ``autograd.Function``,
+    or an operation that is not known to be right in forward mode, and one whose slope along the cotangent is not what
+    its gradient says: a ``FallbackWarning`` gives the reason, and the result is as exact.
 
     Examples:
         >>> MixedMode()

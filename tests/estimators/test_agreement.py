@@ -265,3 +265,17 @@ def test_no_grad_around_an_inner_gradient_makes_a_constant(mode: str) -> None:
 
     rate = case.meta["lr"].detach()
     close(torch.func.jvp(loss, (rate,), (torch.ones_like(rate),))[1], expected["meta['lr']"])
+
+
+def test_a_state_that_passes_through_moves_with_meta() -> None:
+    """A step may hand on a tensor that depends on meta since the start."""
+    case = by_hand(lambda meta, w, batch, seed: (w, fm.StepInfo((w**2).sum())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fm.FallbackWarning)
+        problem, meta, task = case.problem, {"w": case.meta["w"]}, fm.Task(*fm.tree.map(lambda x: x[0], case.tasks[:2]))
+        found = [
+            torch.autograd.grad(fm.unroll(problem, meta, task, steps=2, estimator=each).loss, meta["w"])[0]
+            for each in (fm.ForwardMode(), fm.ForwardMode(1), fm.Reverse())
+        ]
+    close(found[0], found[2])
+    close(found[1], found[2])

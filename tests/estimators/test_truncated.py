@@ -246,3 +246,68 @@ def test_without_any_meta_loss_it_says_so(estimator: Any) -> None:
     problem = fm.Problem(lambda meta, task, seed: torch.ones(()).double(), step, None)
     with pytest.raises(fm.ArgumentError, match="There is no meta-loss"):
         fm.unroll(problem, leaf(0.5), fm.Task(torch.ones(1), None), steps=5, estimator=estimator)
+
+
+# ---- leaves that act before the last cut alone, and estimators that are no windows
+
+
+def judged_late(threshold: bool = False) -> tuple[fm.Problem, dict[str, Tensor], fm.Task]:
+    """Two rates, of the first half of four steps and of the second; a weight of the loss at the end."""
+
+    def step(meta: Any, w: Tensor, batch: Tensor, seed: int) -> Any:
+        w, index = w[:2], w[2]
+        loss, slope = fm.value_and_grad(lambda w: ((w * batch).sin() ** 2).sum())(w)
+        rate = meta["early"] if int(index) < 2 else meta["late"]
+        return torch.cat([w - rate * slope, (index + 1)[None]]), fm.StepInfo(loss)
+
+    def judge(meta: Any, w: Tensor, query: Tensor, seed: int) -> Tensor:
+        if threshold:  # without a derivative
+            return (w[:2] > meta["weight"]).double().sum() + (w[:2] ** 2).sum()
+        return meta["weight"] * (w[:2] ** 2).sum()
+
+    meta = {"start": leaf(0.8, -0.5), "early": leaf(0.1), "late": leaf(0.2), "weight": leaf(0.7)}
+    start = fm.Problem(lambda meta, task, seed: torch.cat([meta["start"], torch.zeros(1).double()]), step, judge)
+    batch = torch.tensor([1.0, 2.0]).double()
+    return start, meta, fm.Task(batch, batch)
+
+
+ATTACHED = [fm.ForwardMode(), fm.ForwardMode(1), fm.EvolutionStrategies(0.1, 3, chunk=1)]
+
+
+@pytest.mark.parametrize("inside", [fm.Reverse(), fm.MixedMode(), *ATTACHED], ids=repr)
+@pytest.mark.filterwarnings("ignore::funcmeta.FallbackWarning")
+def test_what_acts_before_the_cut_alone_is_named(inside: Any) -> None:
+    problem, meta, task = judged_late()
+    with pytest.raises(fm.UnreachedLeafError, match=r"meta\['start'\], meta\['early'\], which .*Truncated\(length=2\)"):
+        fm.unroll(problem, meta, task, steps=4, estimator=fm.Truncated(2, inside))
+    frozen = {**meta, "start": meta["start"].detach(), "early": meta["early"].detach()}
+    wanted = [frozen["late"], frozen["weight"]]
+    got = fm.unroll(problem, frozen, task, steps=4, estimator=fm.Truncated(2, inside)).loss
+    if not isinstance(inside, fm.EvolutionStrategies):
+        expected = fm.unroll(problem, frozen, task, steps=4, estimator=fm.Truncated(2)).loss
+        close(torch.autograd.grad(got, wanted), torch.autograd.grad(expected, wanted))
+    else:
+        assert all(float(each) for each in torch.autograd.grad(got, wanted))
+
+
+@pytest.mark.parametrize("inside", ATTACHED, ids=repr)
+@pytest.mark.filterwarnings("ignore::funcmeta.FallbackWarning")
+def test_a_leaf_that_acts_in_a_later_step_of_the_window_is_used(inside: Any) -> None:
+    """Steps 1 to 3 are the window: the first of it does not read the late rate."""
+    problem, meta, task = judged_late()
+    own = {**meta, "start": meta["start"].detach()}
+    out = fm.unroll(problem, own, task, steps=4, estimator=fm.Truncated(3, inside))
+    assert all(float(each) for each in torch.autograd.grad(out.loss, [own["early"], own["late"], own["weight"]]))
+
+
+def test_strategies_see_what_has_no_derivative() -> None:
+    problem, meta, task = judged_late(threshold=True)
+    own = {**meta, "start": meta["start"].detach(), "early": meta["early"].detach()}
+    out = fm.unroll(problem, own, task, steps=4, estimator=fm.Truncated(2, fm.EvolutionStrategies(0.3, 9, chunk=1)))
+    assert out.loss.grad_fn is not None
+    assert len(torch.autograd.grad(out.loss, [own["late"], own["weight"]])) == 2
+
+
+def test_reptile_has_no_windows() -> None:
+    with pytest.raises(fm.ArgumentError, match=r"given Reptile\(\), whose way back .* Use Reptile\(\) by itself"):
+        fm.Truncated(2, fm.Reptile())
