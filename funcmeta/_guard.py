@@ -1,6 +1,8 @@
 """What an unroll refuses: arguments it can not work with, and losses that do not carry what was promised."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,9 +10,9 @@ from torch import Tensor
 from funcmeta import rng, tree
 from funcmeta._check import is_function
 from funcmeta._errors import ArgumentError, DetachedError, NonFiniteError, ReplayError, UnreachedLeafError
-from funcmeta._graph import Reached, check_declared, inside_functorch
+from funcmeta._graph import Reached, check_declared, inside_functorch, retire, walk
 from funcmeta._typing import Batch, Meta, Tree
-from funcmeta.estimators import Estimator
+from funcmeta.estimators import Estimator, Primal
 from funcmeta.memory import Memory
 from funcmeta.memory._follow import expect_use
 from funcmeta.problem import Problem
@@ -124,6 +126,47 @@ def check_attached(loss: Tensor, declared: Tree, problem: Problem, estimator: Es
             f"the module's own parameters otherwise."
         )
     return check_declared([loss], tree.tensors(declared), problem)
+
+
+def looked_at_once(primal: Primal, problem: Problem) -> Primal:
+    """The same functions where nothing declared requires grad; the first calls have a graph for a moment.
+
+    So a tensor that was captured shows, which would count as a constant without an error.
+    """
+    judge = primal.meta_loss
+
+    def init(meta: Meta) -> Any:
+        with torch.enable_grad():
+            return primal.init(meta)  # with its graph, which the first step shows
+
+    return replace(
+        primal,
+        init=init,
+        step=_looked_at_once(primal.step, problem),
+        meta_loss=None if judge is None else _looked_at_once(judge, problem),
+    )
+
+
+def _looked_at_once(function: Callable[..., Any], problem: Problem) -> Callable[..., Any]:
+    looked = False
+
+    def run(*arguments: Any) -> Any:
+        nonlocal looked
+        if looked or inside_functorch():
+            return function(*arguments)
+        looked = True
+        with torch.enable_grad():
+            results = function(*arguments)
+        found = walk(tree.tensors(results)).leaves
+        if found:  # a leaf that the function makes for itself is another one each time
+            with torch.enable_grad():
+                again = tree.tensors(function(*arguments))
+            own = [leaf for leaf in walk(again).leaves if all(leaf is not each for each in found)]
+            retire(own)
+            check_declared(again, [], problem)
+        return tree.detach(results)
+
+    return run
 
 
 def check_every_leaf_used(reached: Reached, meta: Meta, estimator: Estimator) -> None:

@@ -9,7 +9,7 @@ cotangent of the loss.
 
 import sys
 from collections.abc import Callable, Collection, Sequence
-from types import CodeType, FrameType
+from types import CellType, CodeType, FrameType
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Tried:
             return None
         unknown = [(kind, node) for node in foreign if (kind := _kind(node)) not in self._known]
         new = {kind for kind, node in unknown if reaches(node, leaves)}
-        functions = {each for each in new if isinstance(each, type) and each is not BackwardHookFunction}
+        functions = {kind for kind in new if isinstance(kind, tuple) and kind != _HOOKED}
         new |= self.hooks - self._known
         self._known |= new
         return Doubts(functions) if new else None
@@ -68,13 +68,32 @@ def tried_here() -> Tried:
 def _kind(node: Node) -> Any:
     """What a node is known by: the Function that its author wrote, or the name of one from C++."""
     function = getattr(node, "_forward_cls", None)
-    return node.name() if function is None else original_function(function)
+    return node.name() if function is None else _kind_of(function)
+
+
+def _kind_of(function: Any) -> tuple[Any, ...]:
+    """What a Function is known by: its text, as a class made inside the loss is another one each time."""
+    written = original_function(function)
+    return written.__qualname__, *(_text(getattr(written, name)) for name in ("forward", "backward"))
+
+
+def _text(function: Any, depth: int = 2) -> Any:
+    """The code of a function, and of those that it closes over."""
+    code = getattr(function, "__code__", None)
+    if code is None or not depth:
+        return code or type(function)
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != _EMPTY]
+    return code, *[_text(each, depth - 1) for each in cells]
+
+
+_EMPTY = CellType()
+_HOOKED = _kind_of(BackwardHookFunction)
 
 
 class Doubts:
     """A gradient whose graph may leave something out."""
 
-    def __init__(self, functions: set[type]) -> None:
+    def __init__(self, functions: set[Any]) -> None:
         self._functions = functions
         self._complete = True
 
@@ -148,7 +167,7 @@ class _Calls:
     function in Python, so a profiler does.
     """
 
-    def __init__(self, functions: set[type]) -> None:
+    def __init__(self, functions: set[Any]) -> None:
         self._functions = functions
         self._found: dict[Any, _Call] = {}
 
@@ -165,7 +184,7 @@ class _Calls:
     def _event(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call" and frame.f_code is _APPLY:
             function, args, options = (frame.f_locals[name] for name in ("cls", "args", "kwargs"))
-            if original_function(function) in self._functions:
+            if _kind_of(function) in self._functions:
                 call = _Call(function, args, options)
                 self._found.setdefault(call.sort, call)
 
@@ -180,7 +199,7 @@ class _Call:
     def __init__(self, function: type, args: Sequence[Any], options: dict[str, Any]) -> None:
         tensors = [each for each in args if isinstance(each, Tensor)]
         self.inside_functorch = any(is_functorch_wrapped_tensor(each) for each in tensors)
-        self.sort = original_function(function), self.inside_functorch, *map(_sort, args)
+        self.sort = _kind_of(function), self.inside_functorch, *map(_sort, args)
         self.name = original_function(function).__name__
         self._function, self._options, self._draws = function, options, rng.states()
         self._args = [each.detach() if isinstance(each, Tensor) else each for each in args]
@@ -258,8 +277,7 @@ def _sort(value: Any) -> Any:
     """What tells the calls of a Function apart, so far as its backward may depend on it."""
     if isinstance(value, Tensor):
         return value.dtype, value.requires_grad, value.dim()
-    code = getattr(value, "__code__", None)
-    return value if value is None or isinstance(value, bool | int | float | str) else code or type(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else _text(value)
 
 
 _INPUTS, _COTANGENTS, _UNMOVED = range(3)

@@ -22,6 +22,7 @@ from funcmeta._guard import (
     check_finite,
     check_has_data,
     check_replayable,
+    looked_at_once,
 )
 from funcmeta._lost_order import Tried, trying
 from funcmeta._typing import Batch, Meta
@@ -113,7 +114,8 @@ def unroll(
 
     state_0 = init(meta, task), state_{k+1} = step(meta, state_k, batch_k), L = meta_loss(meta, state_K, query) plus the
     steps' shares. ``out.loss.backward()`` then leaves dL/dmeta, exact or as the estimator defines it, on every leaf
-    of ``meta`` that requires grad. Without grad mode, or when nothing requires grad, the steps run without a graph.
+    of ``meta`` that requires grad. Without grad mode the steps run without a graph; so they do when nothing in ``meta``
+    requires grad, but for the first, which shows whether a tensor that does was captured.
 
     Args:
         problem: ``init``, ``step`` and ``meta_loss``.
@@ -184,10 +186,13 @@ def run(
     start = carry.step if carry else 0
     if memory.replays and callable(task.support) and steps:
         check_replayable(task.support, start)
-    graph = inside_functorch() or _requires_grad((meta, carry))  # torch.func hides what requires grad outside of it
-    with torch.set_grad_enabled(torch.is_grad_enabled() and graph):
+    wanted = torch.is_grad_enabled()
+    learned = inside_functorch() or _requires_grad((meta, carry))  # torch.func hides what requires grad outside of it
+    with torch.set_grad_enabled(wanted and learned):
         own_meta, own_carry = tree.map(_own, (meta, carry))
         primal = _bind(problem, task, own_carry, start, start + steps, seed, tasks)
+        if wanted and not learned and not trial:
+            primal = looked_at_once(primal, problem)
         if isinstance(memory, Budget) and primal.meta_loss is not None:
             memory = memory.reserving(primal.meta_loss, own_meta, primal.init(own_meta))
         with steered(exact) if steering() else nullcontext():  # inside of another unroll this one has its own estimator

@@ -227,6 +227,72 @@ def test_a_captured_tensor_is_no_matter_without_a_graph() -> None:
         assert in_the_loss().loss.isfinite()
 
 
+def begun_scaled(scale: Tensor) -> tuple[fm.Problem, nn.Module]:
+    """A problem whose first state depends on a captured tensor."""
+    module = net()
+    problem = fm.inner_problem(module, mse, optimizer=optim.sgd(0.1))
+
+    def init(meta: Any, task: fm.Task, seed: int) -> Any:
+        state = problem.init(meta, task, seed)
+        return state._replace(params={name: scale * tensor for name, tensor in state.params.items()})
+
+    return problem._replace(init=init), module
+
+
+@ways
+@pytest.mark.parametrize("place", ["loss", "meta-loss", "init"])
+@pytest.mark.parametrize("learned", [False, None], ids=["a meta without grad", "no meta"])
+def test_a_captured_tensor_is_named_where_nothing_declared_requires_grad(
+    learned: bool | None, place: str, strategy: str, memory: Any
+) -> None:
+    weight = torch.tensor(2.0, requires_grad=True)
+
+    def weighted(meta: Any, predict: Any, batch: Any) -> Tensor:
+        return weight * mse(meta, predict, batch)
+
+    module = net()
+    if place == "init":
+        problem, module = begun_scaled(weight)
+    else:
+        losses = (weighted, mse) if place == "loss" else (mse, weighted)
+        problem = fm.inner_problem(module, losses[0], optimizer=optim.sgd(0.1), meta_loss_fn=losses[1])
+    meta = {} if learned is None else fm.tree.detach(new_meta(module))
+    with pytest.raises(fm.CapturedTensorError, match=r"requires grad and is used .* put it into `meta`"):
+        run(problem, meta, strategy, memory=memory)
+    with torch.no_grad():
+        assert run(problem, meta, strategy, memory=memory).loss.isfinite()
+
+
+@pytest.mark.parametrize("estimator", [fm.MixedMode(), fm.ForwardMode(), fm.FirstOrder(), fm.Truncated(2)], ids=repr)
+def test_every_estimator_looks_for_captured_tensors_where_nothing_declared_requires_grad(estimator: Any) -> None:
+    weight = torch.tensor(2.0, requires_grad=True)
+    module = net()
+    problem = fm.inner_problem(module, lambda *each: weight * mse(*each), optimizer=optim.sgd(0.1))
+    with pytest.raises(fm.CapturedTensorError, match="`weight`"):
+        run(problem, {}, estimator=estimator)
+
+
+def test_only_the_first_step_has_a_graph_where_nothing_declared_requires_grad() -> None:
+    """And it comes out the same; a leaf that the step makes for itself is none that was captured."""
+    modes = []
+
+    def step(meta: Any, w: Tensor, batch: Any, seed: int) -> Any:
+        modes.append(torch.is_grad_enabled())
+        with torch.enable_grad():
+            own = w.detach().requires_grad_()
+            loss = (own**2).sum()
+            (slope,) = torch.autograd.grad(loss, own, create_graph=True)
+        return w - 0.1 * slope, fm.StepInfo(loss)
+
+    problem = fm.Problem(lambda meta, task, seed: torch.ones(2), step, lambda meta, w, query, seed: (w**2).sum())
+    out = fm.unroll(problem, {}, fm.Task(torch.ones(1), None), steps=3)
+    assert modes == [True, True, False, False]  # the first step a second time, because a leaf was met
+    assert not out.loss.requires_grad
+    assert not out.state.requires_grad
+    with torch.no_grad():
+        assert torch.equal(out.loss, fm.unroll(problem, {}, fm.Task(torch.ones(1), None), steps=3).loss)
+
+
 # ---- graphs that are cut
 
 
