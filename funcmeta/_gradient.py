@@ -192,7 +192,7 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
             with trying(tried):
                 doubts.settle(lambda: objective(inputs), lambda: left(tasks, []))
     if tasks is not None:
-        found = [None if grad is None else tasks.lift(grad) for grad in found]
+        found = tuple([None if grad is None else tasks.lift(grad) for grad in found])
     if not attached:
         value, aux = tree.detach((value, aux))
     return Gradient(value, aux, tree.like(params, found))

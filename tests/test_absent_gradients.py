@@ -100,7 +100,9 @@ def direction(meta: Any) -> Any:
 
 
 def slope(out: Any, meta: Any, along: Any) -> float:
-    pairs = [(leaf, v) for leaf, v in zip(fm.tree.leaves(meta), fm.tree.leaves(along), strict=True) if leaf.requires_grad]
+    pairs = [
+        (leaf, v) for leaf, v in zip(fm.tree.leaves(meta), fm.tree.leaves(along), strict=True) if leaf.requires_grad
+    ]
     found = torch.autograd.grad(out, [leaf for leaf, _ in pairs])
     return float(fm.tree.dot(list(found), [v for _, v in pairs]))
 

@@ -94,7 +94,9 @@ class _Hyperparameters(LearnedOptimizer):
             }
             state = _Momenta({**state.momentum, **directions})
         rates = self._spread(self.log_lr.exp())
-        return {name: -rates[name] * directions[name] if name in directions else None for name in grad}, state
+        updates: dict[str, Any] = dict.fromkeys(grad)
+        updates.update({name: -rates[name] * direction for name, direction in directions.items()})
+        return updates, state
 
     def _spread(self, values: Tensor) -> dict[str, Tensor]:
         """The value of each parameter's group, or of each coordinate, to be multiplied with the parameter."""

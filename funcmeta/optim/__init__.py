@@ -7,7 +7,9 @@ Each function here returns a `Transform`. A hyper-parameter is one of
 - a tree like the parameters, of numbers and tensors: one value for each parameter, or for each of its entries;
 - a callable of the step, a 0-d int64 tensor that counts from 0 (see `schedules`); it returns any of the above.
 
-States are NamedTuples of trees of tensors, whose fields have torch.optim's names. Updates and states keep the dtype of
+A parameter whose gradient is None stays as it is, and so does what the state keeps for it. States are NamedTuples of
+trees of tensors, whose fields have torch.optim's names; ``step`` counts the steps of the optimizer, ``missed`` in how
+many of them each parameter had no gradient, where torch.optim has a count for each. Updates and states keep the dtype of
 the parameters, whatever the dtype of the hyper-parameters; bias corrections are computed in double precision.
 """
 

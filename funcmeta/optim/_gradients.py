@@ -86,8 +86,8 @@ def clip_by_norm(max_norm: Hyper) -> Transform:
 def clip_by_global_norm(max_norm: Hyper) -> Transform:
     """Shrink all gradients by one factor when their common Euclidean norm exceeds `max_norm`.
 
-    u = g · min(1, max_norm / ‖g‖), where ‖g‖² sums the squares over all tensors but gradients that are None; the derivative of the norm is part of
-    the meta-gradient, and a zero gradient passes through with derivative 1.
+    u = g · min(1, max_norm / ‖g‖), where ‖g‖² sums the squares over all tensors but gradients that are None; the
+    derivative of the norm is part of the meta-gradient, and a zero gradient passes through with derivative 1.
 
     Args:
         max_norm: at least 0, in units of the gradient, infinite to clip nothing; a number, a 0-d tensor or a callable

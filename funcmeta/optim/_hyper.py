@@ -180,8 +180,8 @@ def _check_type(name: str, hyper: Hyper) -> None:
                 )
             if leaf.ndim and name.removesuffix("(step)") in _SINGLE:
                 raise StructureError(
-                    f"{path} is {tree.describe(leaf)}, expected one number or 0-d tensor for each tensor. Pass a single "
-                    "value; a norm has no entries."
+                    f"{path} is {tree.describe(leaf)}, expected one number or 0-d tensor for each tensor. Pass a "
+                    "single value: a norm has no entries."
                 )
         elif not is_number(leaf):
             raise ArgumentError(

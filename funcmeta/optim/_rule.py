@@ -107,7 +107,7 @@ def per_tensor(
         check_floating_leaves(params, name="params")
         flat = tree.is_flat(params)
         leaves = tree.leaves(params)
-        step = step_zero(leaves) if counted else ()
+        step: Any = step_zero(leaves) if counted else ()
         missed = {"missed": step.new_zeros(len(leaves))} if tracked else {}
         rows = list(zip(leaves, values_of(step, missed.get("missed", ()), params, leaves), strict=True))
         kept = {name: _tree(params, flat, [slot(*row) for row in rows]) for name, slot in slots.items()}
@@ -122,7 +122,7 @@ def per_tensor(
         complete = check_gradients(given, leaves)
         for name, column in zip(slots, kept, strict=True):
             check_slots(name, column, leaves)
-        missed = check_missed(old.missed, len(leaves), complete) if tracked else ()
+        missed: Any = check_missed(old.missed, len(leaves), complete) if tracked else ()
         rows = zip(values_of(old.step, missed, params, leaves), leaves, given, *kept, strict=True)
         results = [
             (finish(first, row[1]), *fresh)
@@ -134,8 +134,10 @@ def per_tensor(
         columns = list(zip(*results, strict=True)) or [()] * (1 + len(slots))
         casts = [_like(column, likes) for column, likes in zip(columns, (leaves, *kept), strict=True)]
         finished, *fresh = [_tree(params, flat, cast) for cast in casts]
-        step = old.step + 1 if counted else ()
-        return finished, state(step=step, **dict(zip(slots, fresh, strict=True)), **{"missed": missed} if tracked else {})
+        now: dict[str, Any] = dict(zip(slots, fresh, strict=True))
+        if tracked:
+            now["missed"] = missed
+        return finished, state(step=old.step + 1 if counted else (), **now)
 
     def update(grads: Tree, old: Any, params: Tree) -> tuple[Tree, Any]:
         with torch._C.DisableTorchFunction():

@@ -34,7 +34,8 @@ def sgd(
 ) -> Transform:
     """Stochastic gradient descent, with momentum, dampening, Nesterov's variant and weight decay.
 
-    g ← g + λθ; b ← μb + (1 - τ)g, for a parameter's first gradient b ← g; u = -lr · b, or -lr · (g + μb) for Nesterov's variant.
+    g ← g + λθ; b ← μb + (1 - τ)g, for a parameter's first gradient b ← g; u = -lr · b, or -lr · (g + μb) for Nesterov's
+    variant.
     Every hyper-parameter is a number, a tensor, a tree like the parameters or a callable of the step.
 
     Args:

@@ -176,7 +176,7 @@ def _check_namesake(state: Any) -> None:
 
 
 def _taken(entry: Mapping[str, Any], name: str, like: Tensor) -> Tensor:
-    """A copy of what the optimizer holds for one parameter under this name; the initial value where it holds nothing."""
+    """A copy of what the optimizer holds for one parameter under this name; what is new where it holds nothing."""
     if not _holds(entry):
         return like
     value = entry.get(name)

@@ -185,7 +185,7 @@ def masked(
 ) -> Transform:
     """Apply a transform to some of the parameters only; the others stay as they are.
 
-    The other parameters get zero updates, or None where their gradient is None (they are frozen, as ANIL freezes the body of a network), unless `otherwise`
+    The other parameters get zero updates (they are frozen, as ANIL freezes the body of a network), unless `otherwise`
     says what they go through instead: another optimizer, or `chain()`, the identity, which is what a mask inside of a
     chain wants, as in `chain(masked(add_weight_decay(0.1), is_weight, otherwise=chain()), sgd(lr))`.
 

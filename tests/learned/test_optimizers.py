@@ -104,7 +104,7 @@ def test_an_optimizer_of_whole_trees_meets_no_gradient() -> None:
     grads = {"a": torch.ones(2), "b": None}
     moved, _ = run(fm.as_transform(Whole(lambda param, grad: None if grad is None else -grad)), params, [grads])
     assert (moved["a"].tolist(), moved["b"].tolist()) == ([0.0, 0.0], [1.0] * 3)
-    with pytest.raises(fm.StructureError, match=r"Whole takes whole trees and failed on a gradient that is None: .*Let"):
+    with pytest.raises(fm.StructureError, match=r"Whole takes whole trees and failed on a gradient that is"):
         run(fm.as_transform(Whole(lambda param, grad: -grad)), params, [grads])
     with pytest.raises(TypeError, match="a reason of its own"):
         run(fm.as_transform(Whole(_raising)), params, [params])

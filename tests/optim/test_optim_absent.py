@@ -207,7 +207,7 @@ def test_a_state_without_counts_meets_no_gradient() -> None:
     transform = optim.adam()
     state = transform.init(start())._replace(missed=())
     transform.update(start(), state, start())
-    with pytest.raises(StructureError, match=r"state's missed is \(\) \(tuple\), expected an int64 tensor of shape \[3\]"):
+    with pytest.raises(StructureError, match=r"missed is \(\) \(tuple\), expected an int64 tensor of shape \[3\]"):
         transform.update(gradients(start(), 0), state, start())
     with pytest.raises(StructureError, match=r"missed is int64\[2\] on cpu.*Pass a state that the transform has made"):
         transform.update(start(), state._replace(missed=torch.zeros(2, dtype=torch.int64)), start())
@@ -222,9 +222,7 @@ def test_training_goes_on_from_torch(name: str) -> None:
     optimizer = case.torch_optimizer(mine := leaves())
     params = detached(by_torch(optimizer, mine, range(5)))
     params = {key: leaf.clone() for key, leaf in params.items()}
-    state = optim.from_torch_optim_state(
-        case.build(), optimizer, params, step=5 if name == "sgd dampening" else None
-    )
+    state = optim.from_torch_optim_state(case.build(), optimizer, params, step=5 if name == "sgd dampening" else None)
     got, _ = by_us(case.build(), state, params, range(5, STEPS))
     torch.testing.assert_close(got, by_torch(optimizer, mine, range(5, STEPS)), **EXACT)
 
