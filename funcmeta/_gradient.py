@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from funcmeta import tree
 from funcmeta._batching import Level, task_level
@@ -177,7 +178,9 @@ def _reverse(objective: Objective, params: Tree, *, differentiable: bool) -> Gra
             attached = attached and _has_graph_beyond(results, whole, leaves)
             doubts, again = None, differentiable and attached
             if again:
-                doubts = tried.doubts(check_differentiable_again(total, leaves), leaves)
+                foreign = check_differentiable_again(total, leaves)
+                if not isinstance(total, FakeTensor):  # a recording has no numbers; it is compared with this function
+                    doubts = tried.doubts(foreign, leaves)
             with watched(False):
                 if doubts:
                     found = doubts.gradient(total, leaves)

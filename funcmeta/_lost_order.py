@@ -41,7 +41,7 @@ class Tried:
         functions = {kind for kind in new if isinstance(kind, tuple) and kind != _HOOKED}
         new |= self.hooks - self._known
         self._known |= new
-        return Doubts(functions) if new else None
+        return Doubts(functions, lambda: self._known.difference_update(new)) if new else None
 
 
 class trying:
@@ -93,8 +93,8 @@ _HOOKED = _kind_of(BackwardHookFunction)
 class Doubts:
     """A gradient whose graph may leave something out."""
 
-    def __init__(self, functions: set[Any]) -> None:
-        self._functions = functions
+    def __init__(self, functions: set[Any], forget: Callable[[], None]) -> None:
+        self._functions, self._forget = functions, forget
         self._complete = True
 
     def gradient(self, total: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -130,10 +130,19 @@ class Doubts:
     def settle(self, evaluate: Callable[[], Any], outside: Callable[[], Any]) -> None:
         """Evaluate the loss once more, to see how each Function is called, and try it; raise if something is lost.
 
+        What was refused is tried again when it is met again: another estimator may take over from one that refused it.
+
         Args:
             evaluate: the loss.
             outside: a block for the library's own work.
         """
+        try:
+            self._settle(evaluate, outside)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _settle(self, evaluate: Callable[[], Any], outside: Callable[[], Any]) -> None:
         if self._functions:
             with _Calls(self._functions) as calls, rng.returned_to(rng.states()):
                 evaluate()
