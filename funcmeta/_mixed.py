@@ -15,6 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from funcmeta import rng, tree
