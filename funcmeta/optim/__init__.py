@@ -9,8 +9,8 @@ Each function here returns a `Transform`. A hyper-parameter is one of
 
 A parameter whose gradient is None stays as it is, and so does what the state keeps for it. States are NamedTuples of
 trees of tensors, whose fields have torch.optim's names; ``step`` counts the steps of the optimizer, ``missed`` in how
-many of them each parameter had no gradient, where torch.optim has a count for each. Updates and states keep the dtype of
-the parameters, whatever the dtype of the hyper-parameters; bias corrections are computed in double precision.
+many of them each parameter had no gradient, where torch.optim has a count for each. Updates and states keep the dtype
+of the parameters, whatever the dtype of the hyper-parameters; bias corrections are computed in double precision.
 """
 
 from funcmeta.optim import schedules
