@@ -363,7 +363,7 @@ def combinations() -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("ignore::funcmeta.FallbackWarning")
-@pytest.mark.parametrize(("case", "way", "estimator", "memory"), combinations())
+@pytest.mark.parametrize(("case", "way", "estimator", "memory"), list(combinations()))
 def test_odd_programs_are_right_or_refused(case: str, way: str, estimator: str, memory: str) -> None:
     loss, grads = by_hand(case, 1 if way in ("single", "compile") else TASKS)
     found = result_or_refusal(lambda: by_funcmeta(case, way, ESTIMATORS[estimator], MEMORIES[memory]))

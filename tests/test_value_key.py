@@ -65,7 +65,7 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(("one", "other"), DIFFERENT, ids=repr)
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
 def test_other_values_have_another(one: Any, other: Any) -> None:
     assert value_key(one) != value_key(other)
     assert value_key(one) == value_key(one)
