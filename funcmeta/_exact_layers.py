@@ -27,8 +27,8 @@ from funcmeta._draws import KNOWN, apart
 from funcmeta._duals import Watch
 from funcmeta._graph import inside_functorch
 from funcmeta._task_reads import READS
-from funcmeta._watch import WATCHED
-from funcmeta._writes import check_write
+from funcmeta._watch import LOOKS, WATCHED
+from funcmeta._writes import Look, check_write
 
 
 class exact_layers:
@@ -57,7 +57,7 @@ class ExactLayers(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        run: Callable[..., Any] = _EXACT.get(func) or WATCHED.get(func, func)
+        run: Callable[..., Any] = _EXACT.get(func, func)
         if kwargs and "out" in kwargs:
             check_write(kwargs["out"], f"{func.__name__} with out")
         return run(*args, **(kwargs or {}))
@@ -278,14 +278,22 @@ def _dropped(dropout: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The same for dropout, which may have to write to its input."""
 
     def dropped(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if inplace:
-            check_write(input, f"{dropout.__name__} with inplace")
         if input.is_contiguous():
             return dropout(input, p, training, inplace)
         out = dropout(input.contiguous(), p, training)
         return input.copy_(out) if inplace else out
 
     return dropped
+
+
+def _looked_at(look: Look, run: Callable[..., Any]) -> Callable[..., Any]:
+    """The function after a look at its arguments."""
+
+    def looked_at(*args: Any, **kwargs: Any) -> Any:
+        look(args, kwargs)
+        return run(*args, **kwargs)
+
+    return looked_at
 
 
 _DRAWS = (
@@ -310,7 +318,9 @@ _EXACT: dict[Any, Callable[..., Any]] = {
         for attention in (F.scaled_dot_product_attention, F.multi_head_attention_forward)
     },
 }
+_EXACT.update(WATCHED)
 _EXACT.update({draw: apart(draw, _EXACT.get(draw)) for draw in KNOWN})
+_EXACT.update({func: _looked_at(look, _EXACT.get(func, func)) for func, look in LOOKS.items()})
 
 
 def _mse_loss(input: Tensor, target: Tensor, *old: Any, **options: Any) -> Tensor:

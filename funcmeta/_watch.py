@@ -1,6 +1,6 @@
 """Gradients that a step takes by itself, and by mistake as constants."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from funcmeta import tree
 from funcmeta._batching import innermost_level
 from funcmeta._errors import GraphError
-from funcmeta._writes import WRITES
+from funcmeta._writes import WRITES, Look
 
 
 class watched:
@@ -65,17 +65,15 @@ hooks_noted: ContextVar[Any] = ContextVar("funcmeta_hooks", default=None)
 """An object to whose set ``hooks`` each hook is added that is registered on a tensor."""
 
 
-def _register_hook(tensor: Tensor, hook: Callable[..., Any]) -> Any:
+def _note_hook(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     noted = hooks_noted.get()
     if noted is not None:
+        hook = args[1] if len(args) > 1 else kwargs.get("hook")
         noted.hooks.add(getattr(hook, "__code__", type(hook)))
-    return tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-WATCHED: dict[Any, Callable[..., Any]] = {
-    torch.autograd.grad: _grad,
-    Tensor.backward: _backward,
-    Tensor.register_hook: _register_hook,
-    **WRITES,
-}
+WATCHED: dict[Any, Callable[..., Any]] = {torch.autograd.grad: _grad, Tensor.backward: _backward}
 """What a mode has to call in place of torch's own functions, so that they are watched."""
+
+LOOKS: dict[Any, Look] = {Tensor.register_hook: _note_hook, **WRITES}
+"""What a mode has to do with the arguments before it calls a function of torch, or what stands in its place."""

@@ -5,7 +5,7 @@ in ``WRITES``; they compare the memory that they are about to write with that of
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -81,54 +81,54 @@ def check_write(target: Any, function: str) -> None:
                 guard.check(each, function)
 
 
-def _writing(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A function that writes to its first argument."""
+Look = Callable[[Sequence[Any], Mapping[str, Any]], None]
+"""What is done with the arguments of a function before it is called."""
 
-    def write(*args: Any, **kwargs: Any) -> Any:
+
+def _writing(name: str) -> Look:
+    """The look at a function that writes to its first argument."""
+
+    def look(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         check_write(args[0] if args else next(iter(kwargs.values()), None), name)
-        return function(*args, **kwargs)
 
-    return write
+    return look
 
 
-def _writing_when(
-    function: Callable[..., Any], name: str, option: str, place: int, target: int = 0
-) -> Callable[..., Any]:
-    """A function that writes to an argument when an option is given."""
-    keyword = list(inspect.signature(function).parameters)[target]
+def _writing_when(function: Callable[..., Any], option: str, target: int = 0) -> Look:
+    """The look at a function that writes to an argument when an option is given."""
+    names = list(inspect.signature(function).parameters)
+    place, keyword = names.index(option), names[target]
 
-    def write(*args: Any, **kwargs: Any) -> Any:
+    def look(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         given = args[place] if len(args) > place else kwargs.get(option)
         if given is not None and given is not False:
-            check_write(args[target] if len(args) > target else kwargs.get(keyword), f"{name} with {option}")
-        return function(*args, **kwargs)
+            written = args[target] if len(args) > target else kwargs.get(keyword)
+            check_write(written, f"{function.__name__} with {option}")
 
-    return write
+    return look
 
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _HARMLESS = ("requires_grad_", "rename_", "share_memory_")
 
 
-def _found() -> Iterator[tuple[Any, Callable[..., Any]]]:
+def _found() -> Iterator[tuple[Any, Look]]:
     for space in (Tensor, torch, F, torch.nn.init):
         for name in dir(space):
             if name.endswith("_") and not name.endswith("__") and name not in _HARMLESS:
                 function = getattr(space, name)
                 if callable(function) and not isinstance(function, type):
-                    yield function, _writing(function, name)
+                    yield function, _writing(name)
     for name in (*[f"__i{each}__" for each in _OPERATORS], "__setitem__"):
-        yield getattr(Tensor, name), _writing(getattr(Tensor, name), name)
-    setter = Tensor.data.__set__  # type: ignore[attr-defined]
-    yield setter, _writing(setter, ".data =")
+        yield getattr(Tensor, name), _writing(name)
+    yield Tensor.data.__set__, _writing(".data =")  # type: ignore[attr-defined]
     for name in dir(F):
         function = getattr(F, name)
-        if inspect.isfunction(function) and "inplace" in (names := list(inspect.signature(function).parameters)):
-            yield function, _writing_when(function, name, "inplace", names.index("inplace"))
+        if inspect.isfunction(function) and "inplace" in inspect.signature(function).parameters:
+            yield function, _writing_when(function, "inplace")
     for function in (F.embedding, F.embedding_bag):
-        names = list(inspect.signature(function).parameters)
-        yield function, _writing_when(function, function.__name__, "max_norm", names.index("max_norm"), target=1)
+        yield function, _writing_when(function, "max_norm", target=1)
 
 
-WRITES: dict[Any, Callable[..., Any]] = dict(_found())
-"""Functions of torch that write to an argument, each with the function that looks first."""
+WRITES: dict[Any, Look] = dict(_found())
+"""Functions of torch that write to an argument, each with what looks first."""

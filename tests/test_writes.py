@@ -147,3 +147,29 @@ def test_frozen_parameters_that_nothing_writes_to_are_held_once() -> None:
     _, after = model(params, buffers, TASK.support[0])
     assert after["untouched.weight"].data_ptr() == buffers["untouched.weight"].data_ptr()
     assert after["teacher.weight"].data_ptr() != buffers["teacher.weight"].data_ptr()
+
+
+def test_what_several_parts_of_the_library_watch_is_seen_by_each() -> None:
+    """An embedding has a formula of its own under vmap, and draws have streams; both may write to a weight."""
+
+    class Bounded(nn.Module):
+        def __init__(self, noisy: bool) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 3, max_norm=None if noisy else 0.1)
+            self.noisy = noisy
+
+        def forward(self, ids: Tensor) -> Tensor:
+            if self.noisy:
+                with torch.no_grad():
+                    self.table.weight.normal_()
+            return self.table(ids).sum(-1, keepdim=True)  # type: ignore[no-any-return]
+
+    ids, y = torch.tensor([0, 1, 3]), torch.zeros(3, 1).double()
+    for noisy in (False, True):
+        net = Bounded(noisy).double()
+        problem = fm.inner_problem(net, mse, optimizer=fm.optim.sgd(0.1))
+        meta = {"params": fm.init_params(net)}
+        before = meta["params"]["table.weight"].detach().clone()
+        with pytest.raises(fm.GraphError, match=r"The parameter 'table\.weight' would be written in place"):
+            fm.unroll(problem, meta, fm.Task((ids, y), (ids, y)), steps=1)
+        assert torch.equal(meta["params"]["table.weight"], before)
