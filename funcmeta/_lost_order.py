@@ -7,8 +7,9 @@ unroll: a Function by itself, at inputs and cotangents that are moved a little; 
 cotangent of the loss.
 """
 
+import cProfile
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import CellType, CodeType, FrameType
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.autograd.graph import Node
 from torch.nn.modules._functions import BackwardHookFunction
 
 from funcmeta import rng, tree
+from funcmeta._context import Autocast
 from funcmeta._errors import DetachedError
 from funcmeta._exact_layers import exact_layers
 from funcmeta._graph import inner_leaf, original_function, reaches, retire
@@ -122,9 +124,15 @@ class Doubts:
             close, move = _COTANGENT_ACCURACY.get(total.dtype, (0.1, 0.1))
             slope = _slope(projected(found), [cotangent], [torch.ones_like(cotangent)])
             if abs(slope - len(parts)) > close * len(parts):
-                ends = [projected(pulled(torch.full_like(total, 1 + way * move))) for way in (1, -1)]
-                difference = float((ends[0] - ends[1]).detach()) / (2 * move)
-                self._complete = abs(slope - difference) <= close * max(abs(difference), len(parts))
+                dtypes = {*Autocast(leaves).dtypes, *[each.dtype for each in leaves], total.dtype}
+
+                def value(by: float) -> float:
+                    return float(projected(pulled(torch.full_like(total, by))).detach())
+
+                self._complete = any(
+                    abs(slope - difference) <= close * max(abs(difference), len(parts))
+                    for difference in _differences(value, move, finer=dtypes <= _COTANGENT_ACCURACY.keys())
+                )
         return found
 
     def settle(self, evaluate: Callable[[], Any], outside: Callable[[], Any]) -> None:
@@ -166,6 +174,19 @@ class Doubts:
             )
 
 
+def _differences(value: Callable[[float], float], move: float, *, finer: bool) -> Iterator[float]:
+    """Differences on both sides of 1, ever closer: where an entry jumps in between (a clip), others do not.
+
+    Half precision does not see the small moves.
+    """
+    here = value(1.0)
+    for size in (move, move / 10, move / 100) if finer else (move,):
+        after, before = value(1 + size), value(1 - size)
+        yield (after - before) / (2 * size)
+        if finer:
+            yield from ((after - here) / size, (here - before) / size)
+
+
 _APPLY: CodeType = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
@@ -188,7 +209,9 @@ class _Calls:
 
     def __exit__(self, *error: object) -> None:
         """As before."""
-        sys.setprofile(self._before)
+        sys.setprofile(self._before if callable(self._before) else None)
+        if isinstance(self._before, cProfile.Profile):
+            self._before.enable()  # written in C, it is an object that cannot be called
 
     def _event(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call" and frame.f_code is _APPLY:

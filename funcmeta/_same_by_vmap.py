@@ -107,8 +107,8 @@ def _gap(one: Tensor, other: Tensor) -> float:
     """The largest distance of two entries; those that are not finite have to be the same."""
     if one.layout is not torch.strided or not one.numel():
         return 0.0
-    one, other = _once(one), _once(other)
-    if one.shape == other.shape and torch.equal(one, other):  # which takes no memory, unlike what follows
+    one, other = torch.broadcast_tensors(_once(one), _once(other))  # one may share its memory where the other does not
+    if torch.equal(one, other):  # which takes no memory, unlike what follows
         return 0.0
     if one.dtype is torch.bool or not (one.is_floating_point() or one.is_complex()):
         return 0.0 if torch.equal(one, other) else float("inf")
@@ -145,22 +145,7 @@ def _words(leaf: Any) -> str:
     return str(tuple(leaf)) if isinstance(leaf, Each) else tree.describe(leaf)
 
 
-def nudge(value: Any, units: int) -> Any:
-    """A tree whose numbers are changed by some units in the last place; a function of the step likewise."""
-
-    def leaf(each: Any) -> Any:
-        if isinstance(each, Tensor):
-            if not each.is_floating_point() or each.layout is not torch.strided:
-                return each
-            by = 1 + units * torch.finfo(each.dtype).eps * (1 + torch.arange(each.numel(), device=each.device) % 3)
-            moved = each.detach() * by.to(each.dtype).reshape(each.shape)
-            return moved.requires_grad_() if each.requires_grad else moved
-        return (lambda step: nudge(each(step), units)) if callable(each) else each
-
-    return tree.map(leaf, value)
-
-
 def nudged_task(tasks: Task, units: int) -> Task:
     """Tasks with data that are a little different."""
-    support, query = nudge(tuple(tasks[:2]), units)
+    support, query = tree.nudged(tuple(tasks[:2]), units)
     return tasks._replace(support=support, query=query)

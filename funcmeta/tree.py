@@ -194,6 +194,23 @@ def detach(tree: Tree) -> Tree:
     return map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def nudged(tree: Tree, units: int) -> Tree:
+    """The tree, its numbers changed by some units in the last place; a function of the step gives such trees."""
+
+    def leaf(each: Any) -> Any:
+        if not isinstance(each, Tensor):
+            return (lambda step: nudged(each(step), units)) if callable(each) else each
+        if not each.is_floating_point() or each.layout is not torch.strided:
+            return each
+        exact = torch.float64 if each.dtype is torch.float64 else torch.float32  # in which 1 + eps is not 1
+        places = 1 + torch.arange(each.numel(), dtype=exact, device=each.device) % 3
+        by = 1 + units * torch.finfo(each.dtype).eps * places
+        moved = each.detach() * by.to(each.dtype).reshape(each.shape)
+        return moved.requires_grad_() if each.requires_grad else moved
+
+    return map(leaf, tree)
+
+
 def describe(leaf: Any) -> str:
     """A leaf in words for an error message: ``float32[3, 4] on cpu``."""
     if isinstance(leaf, Tensor):

@@ -16,7 +16,7 @@ from funcmeta._errors import ArgumentError, FuncmetaError, GraphError, Structure
 from funcmeta._graph import inside_functorch
 from funcmeta._guard import check_arguments
 from funcmeta._remembered import remembered
-from funcmeta._same_by_vmap import Made, Precision, difference, nudge, nudged_task, slopes_of
+from funcmeta._same_by_vmap import Made, Precision, difference, nudged_task, slopes_of
 from funcmeta._typing import Meta
 from funcmeta.estimators import Estimator, EvolutionStrategies, Particles, PersistentES, Reverse, Truncated
 from funcmeta.memory import Budget, Memory, StoreAll
@@ -178,8 +178,8 @@ class _Case(NamedTuple):
 
     def nudged(self, units: int) -> "_Case":
         """The same with numbers that are a little different."""
-        carry = self.carry and self.carry._replace(state=nudge(self.carry.state, units))
-        return self._replace(meta=nudge(self.meta, units), tasks=nudged_task(self.tasks, units), carry=carry)
+        carry = self.carry and self.carry._replace(state=tree.nudged(self.carry.state, units))
+        return self._replace(meta=tree.nudged(self.meta, units), tasks=nudged_task(self.tasks, units), carry=carry)
 
     def made(self, out: Unrolled) -> Made:
         """What is compared of an unroll."""
@@ -329,7 +329,9 @@ def _chosen(case: _Case, first: Any, steps: int) -> Strategy:
 
 def _measured_both(case: _Case, steps: int) -> _Known:
     ways: tuple[Strategy, ...] = ("vmap", "loop")
-    costs = {each: _measured(each, case, steps) for each in ways}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the unroll itself says it
+        costs = {each: _measured(each, case, steps) for each in ways}
     alone, together = costs["loop"].made, costs["vmap"].made
     why = costs["vmap"].why
     if alone is not None and together is not None:
