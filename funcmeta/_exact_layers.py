@@ -28,7 +28,7 @@ from funcmeta._duals import Watch
 from funcmeta._graph import inside_functorch
 from funcmeta._task_reads import READS
 from funcmeta._watch import LOOKS, WATCHED
-from funcmeta._writes import Look, check_write
+from funcmeta._writes import Look, check_operator, check_write
 
 
 class exact_layers:
@@ -51,6 +51,9 @@ class exact_layers:
         self._modes.__exit__(*error)
 
 
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+
+
 class ExactLayers(TorchFunctionMode):
     """The mode behind ``exact_layers``; one of them is enough. It is also the eye of ``_watch``."""
 
@@ -60,6 +63,8 @@ class ExactLayers(TorchFunctionMode):
         run: Callable[..., Any] = _EXACT.get(func, func)
         if kwargs and "out" in kwargs:
             check_write(kwargs["out"], f"{func.__name__} with out")
+        if isinstance(func, _OPERATORS):
+            check_operator(func, args, kwargs or {})
         return run(*args, **(kwargs or {}))
 
 

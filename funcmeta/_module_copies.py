@@ -205,6 +205,14 @@ def written(name: str, function: str) -> GraphError:
     )
 
 
+def switched(name: str, function: str) -> ArgumentError:
+    """The error for a change of mode that computes."""
+    return ArgumentError(
+        f"The module's train() or eval() writes to '{name}' (by {function}), as layers do that merge weights. Put the "
+        f"module into the mode yourself and leave train and query_train at None."
+    )
+
+
 class _Mode:
     """The recipe for one mode, and how a copy of it goes away."""
 
@@ -227,7 +235,8 @@ class _Mode:
     def other(self, train: bool) -> "_Mode":
         """The recipe after ``.train(train)``, which may do more than to set flags."""
         copy = self.structure.build([*self._hollow.values()])
-        module = self.structure.root(copy).train(train)
+        with exact_layers(), guarded((self._hollow, switched)):
+            module = self.structure.root(copy).train(train)
         return _Mode(module, self.structure.extra(copy), self._hollow, self._title, again=True)
 
     def fill_containers(self) -> None:

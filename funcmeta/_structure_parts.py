@@ -85,9 +85,8 @@ class Slots:
 
 def slots(kind: type) -> list[str]:
     """The names of a class's slots."""
-    named = [vars(each).get("__slots__", ()) for each in kind.__mro__]
-    every = itertools.chain.from_iterable([each] if isinstance(each, str) else each for each in named)
-    return [name for name in every if name not in ("__dict__", "__weakref__")]
+    every = [(name, value) for each in kind.__mro__ for name, value in vars(each).items()]
+    return [name for name, value in every if isinstance(value, types.MemberDescriptorType)]
 
 
 def _iterator_state(iterator: Any) -> Any:

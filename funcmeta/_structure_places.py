@@ -151,10 +151,10 @@ class Places:
             for each in gc.get_referents(todo.pop()):
                 if id(each) in goals:
                     return True
-                if id(each) in seen or isinstance(each, (type, types.ModuleType, types.FunctionType, *ATOMS)):
+                if id(each) in seen or isinstance(each, (type, types.ModuleType, *ATOMS)):
                     continue
-                seen.add(id(each))
-                todo.append(each)
+                seen.add(id(each))  # of a function what it closes over, as its globals lead everywhere
+                todo += (each.__closure__ or ()) if isinstance(each, types.FunctionType) else [each]
         return False
 
 

@@ -49,7 +49,12 @@ class Walk(Places):
         static: dict[str, Any] = {}
         moving: list[tuple[Any, int]] = []
         for key, value in vars(module).items():
+            if key == "_compiled_call_impl":  # by Module.compile(); it would run the module itself, not the copy
+                continue
             static[key] = None
+            if key == "forward" and kind.__module__ == "torch._dynamo.eval_frame":  # of torch.compile(module)
+                value = module._orig_mod.__call__
+                self._alive.append(value)
             if key in EMPTY and not value:
                 if not self._fill:
                     static[key] = EMPTY[key]
@@ -157,7 +162,7 @@ class Walk(Places):
 
     def _instance(self, value: Any, path: str) -> int | None:
         kind = type(value)
-        if kind.__module__.startswith(_SHARED) or not (hasattr(value, "__dict__") or slots(kind)):
+        if _is_tool(kind.__module__) or not (hasattr(value, "__dict__") or slots(kind)):
             self._share(value)
             return None
         usual = all(getattr(kind, each) is getattr(object, each) for each in ("__reduce_ex__", "__reduce__"))
@@ -217,7 +222,7 @@ class Walk(Places):
         return self._build(value, children, make)
 
     def _function(self, function: types.FunctionType, path: str) -> int | None:
-        if str(function.__globals__.get("__name__")).startswith(_SHARED):
+        if _is_tool(str(function.__globals__.get("__name__"))):
             self._share(function)
             return None
         code, scope, name = function.__code__, function.__globals__, function.__name__
@@ -337,6 +342,11 @@ class Walk(Places):
 
         self.iterators.append((path, state, state()))
         self._share(value)
+
+
+def _is_tool(module: str) -> bool:
+    """Whether a module of Python belongs to a package whose objects are tools."""
+    return f"{module}.".startswith(tuple([f"{each}." for each in _SHARED]))
 
 
 def _itself(target: Any) -> Any:

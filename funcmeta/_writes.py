@@ -85,6 +85,17 @@ Look = Callable[[Sequence[Any], Mapping[str, Any]], None]
 """What is done with the arguments of a function before it is called."""
 
 
+def check_operator(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise when an operator of ``torch.ops`` would write to guarded memory, as its schema says."""
+    overloads = (
+        [operator] if isinstance(operator, torch._ops.OpOverload) else map(operator.__getattr__, operator.overloads())
+    )
+    for overload in overloads:
+        for place, each in enumerate(overload._schema.arguments):
+            if each.alias_info is not None and each.alias_info.is_write:
+                check_write(args[place] if place < len(args) else kwargs.get(each.name), str(operator))
+
+
 def _writing(name: str) -> Look:
     """The look at a function that writes to its first argument."""
 

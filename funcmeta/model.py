@@ -14,7 +14,7 @@ from funcmeta._exact_layers import exact_layers
 from funcmeta._gradient import constant, steering
 from funcmeta._module_copies import Copies, written
 from funcmeta._typing import Buffers, Params
-from funcmeta._writes import guarded
+from funcmeta._writes import guarded, storage
 
 
 class FunctionalModel:
@@ -241,8 +241,30 @@ def _check_module(module: nn.Module) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
             raise ArgumentError(f"'{name}' is not initialized yet (a lazy module). Run the module once on an input.")
+    _check_apart(module)
     if not _trainable(module):
         raise ArgumentError(
             f"{type(module).__name__} has no parameter that requires grad, so nothing can be trained. "
             f"Call requires_grad_() on what shall be."
         )
+
+
+def _check_apart(module: nn.Module) -> None:
+    """Raise when a parameter lies in the memory of another registered tensor: copies of the two would part."""
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    trainable = _trainable(module)
+    for name, tensor in {**trainable, **_constants(module)}.items():
+        if tensor.layout is not torch.strided or not tensor.numel() or tensor.is_meta:
+            continue
+        first = tensor.data_ptr()
+        last = first + sum((n - 1) * abs(by) for n, by in zip(tensor.shape, tensor.stride(), strict=True)) * (
+            tensor.element_size()
+        )
+        known = spans.setdefault(storage(tensor), [])
+        other = next((each for start, end, each in known if start <= last and first <= end), None)
+        if other in trainable:
+            raise ArgumentError(
+                f"'{name}' lies in the memory of the parameter '{other}', which it would not follow in training. "
+                f"Register one tensor under both names, or compute the other in forward."
+            )
+        known.append((first, last, name))
