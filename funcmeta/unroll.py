@@ -62,7 +62,9 @@ class UnrollInfo(NamedTuple):
         losses: inner losses before each update, [steps] or [steps, tasks].
         aux: one entry a step, ``StepInfo.aux``.
         strategy: "single", "vmap" or "loop": how tasks were run.
-        memory: the ``Plan`` that the memory policy followed, for one task; None when there was none to follow.
+        memory: the ``Plan`` that was followed, of all windows under ``Truncated`` and of one task in a loop over tasks;
+            None where none was: without grad mode, when nothing requires grad, and under estimators that follow no
+            memory policy (``ForwardMode``, ``Reptile``, evolution strategies).
 
     Examples:
         >>> UnrollInfo(torch.zeros(3), (None,) * 3, "single").losses.shape
@@ -189,12 +191,15 @@ def run(
     wanted = torch.is_grad_enabled()
     learned = inside_functorch() or _requires_grad((meta, carry))  # torch.func hides what requires grad outside of it
     with torch.set_grad_enabled(wanted and learned):
+        if isinstance(memory, Budget) and torch.is_grad_enabled() and not getattr(estimator, "follows_memory", True):
+            raise ArgumentError(
+                f"memory is {memory!r}, but {estimator!r} follows no memory policy, so no budget bounds it. Leave "
+                f"memory out, or take an estimator that goes back through the steps, e.g. Reverse()."
+            )
         own_meta, own_carry = tree.map(_own, (meta, carry))
         primal = _bind(problem, task, own_carry, start, start + steps, seed, tasks)
         if wanted and not learned and not trial:
             primal = looked_at_once(primal, problem)
-        if isinstance(memory, Budget) and primal.meta_loss is not None:
-            memory = memory.reserving(primal.meta_loss, own_meta, primal.init(own_meta))
         with steered(exact) if steering() else nullcontext():  # inside of another unroll this one has its own estimator
             loss, path, particles = estimator(primal, own_meta, memory)
         if loss is None:

@@ -44,6 +44,7 @@ class EvolutionStrategies:
     pairs: int
     chunk: int | None = None
     share: tuple[int, int] = (0, 1)
+    follows_memory: ClassVar[bool] = False
     unreached_advice: ClassVar[str] = "Set requires_grad=False on it."
 
     def __post_init__(self) -> None:

@@ -55,6 +55,7 @@ class ForwardMode:
     """
 
     chunk: int | None = None
+    follows_memory: ClassVar[bool] = False
     unreached_advice: ClassVar[str] = (
         "Use it in the loss or the optimizer, take it out of `meta`, or set requires_grad=False on it."
     )

@@ -31,6 +31,7 @@ class Reptile:
     Source: Nichol et al. (2018), "On First-Order Meta-Learning Algorithms", algorithm 1.
     """
 
+    follows_memory: ClassVar[bool] = False
     unreached_advice: ClassVar[str] = (
         "Reptile moves the initial parameters only: set requires_grad=False on the rest of `meta`."
     )

@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from funcmeta._typing import Meta
 from funcmeta.estimators._base import Outcome, Primal
-from funcmeta.memory import Memory
+from funcmeta.memory import Budget, Memory
+from funcmeta.memory._account import Account
 
 
 @dataclass(frozen=True)
@@ -27,5 +28,8 @@ class Reverse:
 
     def __call__(self, primal: Primal, meta: Meta, memory: Memory) -> Outcome:
         """Unroll with the graph that the memory policy keeps."""
-        path = memory.run(primal.step, meta, primal.init(meta), primal.start, primal.stop)
+        if isinstance(memory, Budget):
+            memory = memory.judged(primal.meta_loss)
+        state = memory.begun(primal.init, meta) if isinstance(memory, Account) else primal.init(meta)
+        path = memory.run(primal.step, meta, state, primal.start, primal.stop)
         return Outcome(primal.total(meta, path), path)

@@ -20,7 +20,8 @@ from funcmeta.estimators.evolution_strategies import EvolutionStrategies
 from funcmeta.estimators.forward_mode import ForwardMode
 from funcmeta.estimators.reptile import Reptile
 from funcmeta.estimators.reverse import Reverse
-from funcmeta.memory import Memory, Trajectory
+from funcmeta.memory import Budget, Memory, Plan, Trajectory
+from funcmeta.memory._plan import joined
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Truncated:
             )
 
     @property
+    def follows_memory(self) -> bool:
+        """Whether the memory policy has an effect: as it has in a window."""
+        return bool(getattr(self.estimator, "follows_memory", True))
+
+    @property
     def unreached_advice(self) -> str:
         """What to do when a leaf of ``meta`` gets no gradient under this estimator."""
         return (
@@ -72,9 +78,14 @@ class Truncated:
     def __call__(self, primal: Primal, meta: Meta, memory: Memory) -> Outcome:
         """Take the windows one after the other, each from a detached state."""
         cuts = [primal.start, *range(primal.stop, primal.start, -self.length)[::-1]]
-        shares, losses, aux = [], [], list[Any]()
+        windows = list(pairwise(cuts))
+        if isinstance(memory, Budget) and isinstance(self.estimator, Truncated):
+            memory = Budget(max(1, memory.bytes // max(1, len(windows))))
+        elif isinstance(memory, Budget):
+            memory = memory.judged(primal.meta_loss).over(windows)
+        shares, losses, aux, plans = [], [], list[Any](), list[tuple[Plan | None, bool]]()
         path = None
-        for part in [primal.within(*ends) for ends in pairwise(cuts)] or [primal]:
+        for part in [primal.within(*ends) for ends in windows] or [primal]:
             begun = part if path is None else part.begun_at(tree.detach(path.state))
             own = meta
             if (
@@ -91,9 +102,13 @@ class Truncated:
             shares += [] if loss is None else [loss]
             losses += path.losses
             aux += path.aux
+            plans.append((path.memory, loss is not None))
+            if part.stop < primal.stop:  # a window without a share is not to be alive beside the next
+                path = Trajectory(tree.detach(path.state), None, [], [])
+            del loss, begun
         assert path is not None
         total = torch.stack(shares).sum() if len(shares) > 1 else shares[0] if shares else None
-        return Outcome(total, Trajectory(path.state, None, losses, aux, path.memory))
+        return Outcome(total, Trajectory(path.state, None, losses, aux, joined(plans)))
 
 
 def _used(primal: Primal, meta: Meta) -> Meta:

@@ -94,4 +94,5 @@ def advance(step: Step, meta: Meta, state: Any, start: int, stop: int, *, share:
             share = info.meta_loss if share is None else share + info.meta_loss
         losses.append(info.loss.detach())
         aux.append(tree.detach(info.aux))
+        del info  # whose loss has a graph, not to be alive beside the next step
     return Trajectory(state, share, losses, aux)

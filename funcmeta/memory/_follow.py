@@ -46,7 +46,7 @@ def follow(
         device: where stored states are kept; None for where they are. The initial state stays where it is.
 
     Returns:
-        What the plain loop returns, and the plan that was followed.
+        What the plain loop returns, and the plan that was followed; none where there is nothing to differentiate.
 
     Raises:
         ArgumentError: inside ``torch.func``, which can not run such a Function; or actions that do not fit together.
@@ -76,7 +76,9 @@ def follow(
             "takes one after the other."
         )
     inputs = tree.tensors((meta, state))
-    if not repeats or not (torch.is_grad_enabled() and any(each.requires_grad for each in inputs)):
+    if not (torch.is_grad_enabled() and (inside_functorch() or any(each.requires_grad for each in inputs))):
+        return advance(step, meta, state, start, stop)
+    if not repeats:
         return advance(step, meta, state, start, stop)._replace(memory=followed)
     run = _Run(step, meta, state, start, followed.actions, device)
     middle, share = run.rebuilt(_Follow.apply(run, *inputs))  # type: ignore[no-untyped-call]
@@ -148,7 +150,8 @@ class _Run:
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Do what comes before the first derivative; the state and the share as tensors."""
         path, self._stored = self._go(*tree.filled(self._inputs, tensors))
-        outputs = path.state, path.share
+        # Autograd writes onto what a Function returns: onto aliases, since a step may return the caller's own tensors.
+        outputs = tree.detach((path.state, path.share))
         self.losses, self.aux, self._outputs = path.losses, path.aux, tree.hollow(outputs)
         self._shared = path.share is not None
         return tree.tensors(outputs)

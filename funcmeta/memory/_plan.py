@@ -1,7 +1,7 @@
 """A memory policy in integers: which states are kept, and in which order steps are taken and taken again."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from funcmeta._errors import ArgumentError
@@ -218,6 +218,46 @@ def plan(memory: Any, steps: int) -> Plan:
     actions = tuple(memory.actions(steps))
     evaluations, peak_states = _cost(actions, steps)
     return Plan(memory, steps, actions, evaluations, peak_states)
+
+
+def joined(windows: Sequence[tuple[Plan | None, bool]]) -> Plan | None:
+    """The plan of windows of steps that follow on one another; None when any of them followed none.
+
+    The actions are those of each window, its first step counted on from the window before.
+
+    Args:
+        windows: the plan of each, and whether it is differentiated: where it gives no share of the meta-loss, only the
+            actions of its forward pass are done. States of differentiated windows are kept at once.
+    """
+    known = [each if back else _forward(each) for each, back in windows if each is not None]
+    if len(known) < len(windows) or len(known) < 2:
+        return known[0] if len(known) == len(windows) == 1 else None
+    apart = [each.peak_states for each, (_, back) in zip(known, windows, strict=True) if not back]
+    together = sum(each.peak_states for each, (_, back) in zip(known, windows, strict=True) if back)
+    steps, actions = 0, list[Action]()
+    for each in known:
+        actions += [type(action)(*[index + steps for index in action]) for action in each.actions]
+        steps += each.steps
+    estimates = [each.estimate for each in known if each.estimate is not None]
+    estimate = None
+    if len(estimates) == len(known):
+        time = sum(each.steps * its.time_factor for each, its in zip(known, estimates, strict=True)) / steps
+        estimate = Estimate(max(each.peak_bytes for each in estimates), time)
+    policies = {each.memory: None for each in known}
+    return Plan(
+        known[-1].memory if len(policies) == 1 else tuple(policies),
+        steps,
+        tuple(actions),
+        sum(each.evaluations for each in known),
+        max([together, *apart]),
+        estimate,
+    )
+
+
+def _forward(whole: Plan) -> Plan:
+    """What is done of a plan when nothing is differentiated."""
+    turn = next(place for place, each in enumerate(whole.actions) if isinstance(each, Backward))
+    return replace(whole, actions=whole.actions[: turn + 1], evaluations=whole.steps)
 
 
 def _cost(actions: Iterable[Action], steps: int) -> tuple[int, int]:

@@ -1,153 +1,218 @@
-"""What one step takes in bytes and seconds, measured on the step itself."""
+"""What runs of any length take in bytes and seconds, foretold from short ones on the step itself."""
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from funcmeta import tree
 from funcmeta._graph import inner_leaf
 from funcmeta._live_bytes import LiveBytes, bytes_of, storage_key
 from funcmeta._typing import Meta, Tree
-from funcmeta.memory._base import Step, Trajectory, advance
-from funcmeta.memory._plan import Advance, Backward, Estimate, Plan
+from funcmeta.memory._base import Memory, Step, Trajectory
+from funcmeta.memory._plan import Advance, Plan
+from funcmeta.memory.revolve import Revolve
+from funcmeta.memory.segments import Segments
+from funcmeta.memory.store_all import StoreAll
+from funcmeta.problem import StepInfo
 
-_COMPARISONS = 1 << 14
-"""Bytes for the losses and norms by which repeated steps are compared."""
+Judge = Callable[[Meta, Any], Tensor]
+"""The meta-loss at the end: (meta, state) -> 0-d tensor."""
+
+_TOGETHER = 256
+"""How many repeated steps are compared at once (``Witness``)."""
+
+_ROWS = 7
+"""How many numbers of the size of a step's loss the comparison of a repeated step takes: what came out the first time
+and again, both as rows of one tensor, and what ``isclose`` makes of them."""
 
 
-class Sizes(NamedTuple):
-    """The bytes and seconds of one step; bytes of what it reads do not count."""
+@dataclass(frozen=True)
+class Run:
+    """A short run, of the judged steps and their derivative, as it was counted."""
+
+    steps: int
+    peak: int
+    """The most bytes alive at once."""
+    kept: int
+    """Bytes alive between the forward and the backward pass."""
+    further: int
+    """What one more step with its graph adds to both."""
+    left: int
+    """What is still alive after the backward pass besides the results, while the meta-loss is."""
+
+    def longer(self, more: int) -> "Run":
+        """The run with so many bytes more."""
+        return replace(self, peak=self.peak + more, kept=self.kept + more)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes and seconds of one step, and the short runs that were counted; bytes of what a run reads do not count.
+
+    Bytes grow linearly with the steps whose graph is kept, the states that are stored and the steps that are taken,
+    and what comes on top at one moment (a gradient, the meta-loss, a temporary) does not grow: it is counted in the
+    short runs where it is alive. A run under a policy that replays is another one than under ``StoreAll``, whose graph
+    holds only what depends on ``meta``: there every tensor of a restored state may.
+    """
 
     meta: int
     """A gradient of ``meta``."""
     initial: int
-    """The initial state, as far as it is not ``meta``."""
+    """The initial state, as far as the run makes it."""
     state: int
     """A state, as far as a step makes it anew."""
     notes: int
     """The loss and the aux of a step."""
     loss: int
     """The loss of a step, of which the unroll makes one tensor with all others."""
-    graph: int
-    """What the graph of a step keeps, and its notes."""
-    seam: int
-    """What the graphs of two steps in a row both keep: (part of) the state between them."""
-    plain: int
-    """The most while a step runs without a graph, above the state that it makes."""
-    forward: int
-    """The most while a step runs with its graph, above what it leaves."""
-    backward: int
-    """The most while a graph is differentiated, above the graph: the gradients by meta and state among it."""
+    norms: int
+    """What is noted of a state at which a part of the run ends."""
+    shares: bool
+    """Whether a step gives a share of the meta-loss."""
+    one: Run
+    """One step whose state depends on ``meta`` in every tensor, differentiated in full: no step takes more."""
     seconds: float
     """Time of a step without a graph."""
     graph_seconds: float
     """Time of a step with its graph, and of the derivative of that."""
+    whole: Run | None = None
+    """``StoreAll`` over up to 3 steps."""
+    single: Run | None = None
+    """``Revolve(1)`` over up to 4 steps: the graph of one step, and the initial state stored."""
+    paired: Run | None = None
+    """``Segments(2)`` over up to 4 steps: the graph of two, and the initial state stored."""
 
-    def peak(self, steps: int, states: int, part: int, judge: int) -> int:
-        """The most bytes alive at once in a run.
+    def run(self, steps: int, states: int, part: int) -> Run | None:
+        """A run of so many steps; None when no short one tells.
 
         Args:
             steps: number of steps.
             states: most states stored.
             part: most steps whose graph is kept at once.
-            judge: the most while the meta-loss is computed and differentiated.
         """
-        always = self.initial + self.state + (steps - part) * self.notes  # the state at the end is the unroll's result
-        kept = part * self.graph - (part - 1) * self.seam
-        last = kept + max(self.forward, judge, self.backward + self.meta, steps * self.loss)
         if part == steps:
-            return always + last
-        waiting = self.meta + self.state  # gradients that the steps further back add to
-        waiting += 0 if judge else self.graph  # the last update is in the result, but no share of a step reads it
-        back = kept + max(self.forward, self.backward + self.meta) + waiting
-        alone = self.state + self.plain + waiting
-        return always + states * self.state + max(last, back, alone) + _COMPARISONS
+            base, more = self.whole, 0 if self.whole is None else (steps - self.whole.steps) * self.whole.further
+        else:
+            base = self.single if part == 1 else self.paired
+            more = (states - 1) * self.state
+            if base is not None:
+                # What nodes of the last part hold on to after their backward pass is alive beside the earlier parts.
+                more += (steps - base.steps) * self.notes + (part - min(part, 2)) * (base.further + -(-base.left // 2))
+        if base is None:
+            return None
+        found = base.longer(more + steps * self.loss)
+        return replace(found, peak=found.peak + (0 if part == steps else self._comparing(steps, states, part)))
 
-    def estimate(self, plan: Plan, judge: int) -> Estimate:
-        """What a run by a plan takes."""
+    def _comparing(self, steps: int, states: int, part: int) -> int:
+        """Bytes of the losses and norms by which repeated steps are compared."""
+        repeated = min(steps * (steps - 1) // 2, _TOGETHER)  # as many as Revolve(1) repeats
+        return repeated * _ROWS * self.loss + (steps + states) * self.norms
+
+    def factor(self, plan: Plan) -> float:
+        """The time of a run by a plan, over that of ``StoreAll``."""
         advanced = sum(each.stop - each.start for each in plan.actions if isinstance(each, Advance))
-        parts = [each.stop - each.start for each in plan.actions if isinstance(each, Backward)]
-        seconds = advanced * self.seconds + sum(parts) * self.graph_seconds
-        return Estimate(
-            self.peak(plan.steps, plan.peak_states, max(parts), judge), seconds / (plan.steps * self.graph_seconds)
+        return (advanced * self.seconds + plan.steps * self.graph_seconds) / (plan.steps * self.graph_seconds)
+
+
+class Measure:
+    """Counts short runs of the steps ``start`` to ``stop - 1``, each when it is asked for."""
+
+    def __init__(
+        self, step: Step, judge: Judge | None, meta: Meta, state: Any, start: int, stop: int, initial: int
+    ) -> None:
+        self._step, self._judge, self._start, self._stop = step, judge, start, stop
+        self._meta, self._state = _leaves(meta), _leaves(state)
+        self.sizes = self._first(initial)
+
+    def whole(self) -> None:
+        """Count ``StoreAll``."""
+        steps = min(3, self._stop - self._start)
+        self.sizes = replace(self.sizes, whole=self._counted(StoreAll(), steps))
+
+    def single(self) -> None:
+        """Count ``Revolve(1)``."""
+        steps = min(4, self._stop - self._start)
+        self.sizes = replace(self.sizes, single=self._counted(Revolve(1), steps))
+
+    def paired(self) -> None:
+        """Count ``Segments(2)``."""
+        steps = min(4, self._stop - self._start)
+        self.sizes = replace(self.sizes, paired=self._counted(Segments(2), steps))
+
+    def _first(self, initial: int) -> Sizes:
+        """One step with its graph, and what it leaves."""
+        with LiveBytes() as live:
+            path, one = self._through(StoreAll(), 1, live, every=True)
+            state = sum(live.storages.get(key, 0) for key in _storages(path.state))
+        notes, loss = bytes_of((path.losses, path.aux), (self._meta, self._state)), path.losses[0].nbytes
+        norms = sum(leaf.element_size() for leaf in tree.tensors(path.state) if leaf.is_floating_point())
+        shares = path.share is not None
+        del path
+        device = next((leaf.device for leaf in _attached((self._meta, self._state))), torch.device("cpu"))
+        return Sizes(
+            meta=bytes_of(_attached(self._meta)),
+            initial=initial,
+            state=state,
+            notes=notes,
+            loss=loss,
+            norms=norms,
+            shares=shares,
+            one=one,
+            seconds=_seconds(self._plain, device),
+            graph_seconds=_seconds(lambda: self._through(StoreAll(), 1, every=True), device),
         )
 
-
-def measured(step: Step, meta: Meta, state: Any, start: int, stop: int) -> Sizes:
-    """The sizes of the second step, whose state depends on ``meta`` as later ones do, by five evaluations."""
-    initial = bytes_of(state, meta)
-    meta, index = _leaves(meta), min(start + 1, stop - 1)
-    with torch.enable_grad():
-        state = _leaves(step(meta, _leaves(state), start)[0])
-    wanted = _attached((meta, state))
-
-    def plain() -> Trajectory:
+    def _plain(self) -> None:
         with torch.no_grad():
-            return advance(step, meta, state, index, index + 1)
+            self._step(self._meta, self._state, self._start)
 
-    def graph() -> tuple[Tree, Trajectory]:
-        """A step with its graph, from a state that is no leaf, as in a run."""
+    def _counted(self, memory: Memory, steps: int) -> Run:
+        with LiveBytes() as live:
+            return self._through(memory, steps, live)[1]
+
+    def _through(
+        self, memory: Memory, steps: int, live: LiveBytes | None = None, *, every: bool = False
+    ) -> tuple[Trajectory, Run]:
+        """Take the first steps, judge where they end, and differentiate, with all alive that an unroll returns.
+
+        With ``every``, each tensor of the initial state counts as depending on ``meta``, and the state at the end is
+        differentiated too, as it is when further steps follow.
+        """
+        live = live or LiveBytes()
+        meta, initial = self._meta, tree.map(_inner, self._state) if every else self._state
+        graph, given = 0, dict[int, int]()
+
+        def watched(meta: Meta, state: Any, index: int) -> tuple[Any, StepInfo]:
+            nonlocal graph, given
+            before, given = live.live, {key: live.storages.get(key, 0) for key in _storages(state)}
+            result = self._step(meta, state, index)
+            graph = live.live - before
+            return result
+
         with torch.enable_grad():
-            before = tree.map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, state)
-            return before, advance(step, meta, before, index, index + 1)
-
-    def differentiate(edges: list[GradientEdge], ones: list[Tensor]) -> None:
-        torch.autograd.grad(edges, wanted, ones, allow_unused=True)
-
-    with LiveBytes() as live:
-        path = plain()
-        state_bytes, notes = bytes_of(path.state, (meta, state)), bytes_of((path.losses, path.aux), (meta, state))
-        plain_peak, loss = live.peak - state_bytes, path.losses[0].nbytes
-    del path
-    with LiveBytes() as live:
-        before, path = graph()
-        forward = live.peak
-        edges, ones = _edges(path)
-        between = [
-            set(map(storage_key, pair)) for pair in zip(tree.tensors(before), tree.tensors(path.state), strict=True)
-        ]
-        del before, path
-        kept = live.live - bytes_of(ones) + notes
-        seam = sum(live.storages[max(pair)] for pair in between if len(pair) == 2 and pair <= live.storages.keys())
-        live.peak = derived = live.live
-        differentiate(edges, ones)
-        backward = live.peak - derived
-    device = next((leaf.device for leaf in wanted), torch.device("cpu"))
-    return Sizes(
-        meta=bytes_of(_attached(meta)),
-        initial=initial,
-        state=state_bytes,
-        notes=notes,
-        loss=loss,
-        graph=kept,
-        seam=seam,
-        plain=plain_peak,
-        forward=forward - kept,
-        backward=backward,
-        seconds=_seconds(plain, device),
-        graph_seconds=_seconds(lambda: differentiate(*_edges(graph()[1])), device),
-    )
+            path = memory.run(watched, meta, initial, self._start, self._start + steps)
+            kept = live.live
+            further = graph - sum(size for key, size in given.items() if key not in live.storages)
+            parts = [] if path.share is None else [path.share]
+            if self._judge is not None:
+                parts.append(self._judge(self._meta, path.state))
+            loss = torch.stack(parts).sum() if len(parts) > 1 else parts[0] if parts else None
+            kept = max(kept, live.live)
+            ends = _attached((loss, path.state if every else None))
+            if ends:
+                ones = [end.new_ones(()).expand_as(end) for end in ends]  # which take no room
+                torch.autograd.grad(ends, _attached((meta, initial)), ones, allow_unused=True)
+        results = _storages((path.state, path.losses, path.aux, loss, path.share))
+        left = live.live - sum(live.storages.get(key, 0) for key in results)
+        return path, Run(steps, live.peak, kept, further, left)
 
 
-def judging(judge: Callable[[Meta, Any], Tensor], meta: Meta, state: Any) -> int:
-    """The most bytes alive while a meta-loss and its derivative are computed."""
-    meta, state = _leaves(meta), tree.map(lambda leaf: _inner(leaf, True), state)
-    wanted = _attached((meta, state))
-    with torch.enable_grad(), LiveBytes() as live:
-        loss = judge(meta, state)
-        if loss.requires_grad:
-            torch.autograd.grad(loss, wanted, allow_unused=True)
-    return int(live.peak)
-
-
-def _edges(path: Trajectory) -> tuple[list[GradientEdge], list[Tensor]]:
-    """The graph of a trajectory without its results, and cotangents."""
-    ends = _attached((path.state, path.share))
-    return [get_gradient_edge(end) for end in ends], [torch.ones_like(end) for end in ends]
+def _storages(value: Tree) -> set[int]:
+    return {storage_key(leaf) for leaf in tree.tensors(value) if leaf.layout is torch.strided}
 
 
 def _attached(value: Tree) -> list[Tensor]:
@@ -156,13 +221,17 @@ def _attached(value: Tree) -> list[Tensor]:
 
 def _leaves(value: Tree) -> Tree:
     """The same tree, in which what depends on something is a leaf of its own."""
-    return tree.map(lambda leaf: _inner(leaf, False), value)
+    return tree.map(_leaf, value)
 
 
-def _inner(leaf: Any, every: bool) -> Any:
+def _leaf(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    return inner_leaf(leaf) if leaf.requires_grad or (every and leaf.is_floating_point()) else leaf.detach()
+    return inner_leaf(leaf) if leaf.requires_grad else leaf.detach()
+
+
+def _inner(leaf: Any) -> Any:
+    return inner_leaf(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

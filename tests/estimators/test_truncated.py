@@ -144,7 +144,7 @@ def test_results_are_those_of_reverse(memory: Any) -> None:
     close(ours.info.losses, theirs.info.losses)
     close(ours.carry, theirs.carry)
     assert len(ours.info.aux) == 5
-    assert ours.info.memory.steps == 2
+    assert ours.info.memory.steps == 5
 
 
 def test_no_steps_and_no_grad() -> None:
@@ -189,7 +189,8 @@ def test_a_long_training_in_the_memory_of_a_window() -> None:
             fm.unroll(problem, {"lr": leaf(0.1)}, task, steps=steps, estimator=estimator)
         return live.peak
 
-    assert peak(60, fm.Truncated(2)) < 1.2 * peak(6, fm.Truncated(2)) < 0.2 * peak(60, fm.Reverse())
+    losses = 2 * 8 * (60 - 6)  # one a step, and the tensor of all
+    assert peak(60, fm.Truncated(2)) - losses <= peak(6, fm.Truncated(2)) < 0.15 * peak(60, fm.Reverse())
 
 
 # ---- refused
