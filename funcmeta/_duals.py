@@ -60,7 +60,7 @@ def obstacle(nodes: Iterable[Node]) -> str:
 
 
 def _altered(node: Any) -> str:
-    """What an embedding does to its gradient, which then is none."""
+    """What an embedding does to its gradient, which is then no derivative."""
     if node._saved_scale_grad_by_freq:
         return "the gradient of an embedding with scale_grad_by_freq is not the derivative of the embedding"
     if node._saved_padding_idx < node._saved_weight_sym_argsize_0:  # torch keeps -1, for none, as 2**64 - 1

@@ -210,7 +210,7 @@ class Lowered:
         if self._options is None:
             return lambda tensors: graph(*tensors)
         compiled = self._compiled(graph, inputs)
-        # what kernels allocate can not be counted
+        # what kernels allocate cannot be counted
         return lambda tensors: graph(*tensors) if counting() else compiled(tensors)
 
     def _compiled(self, graph: GraphModule, inputs: list[Tensor]) -> Kernel:

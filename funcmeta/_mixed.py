@@ -217,7 +217,7 @@ class _Finder(_Replaced):
 
     @property
     def trouble(self) -> str:
-        """Why the function can not be taken apart, or nothing; its result may be cut in pieces then."""
+        """Why the function cannot be taken apart, or nothing; its result may be cut in pieces then."""
         return self._trouble or (_NESTED if self._inside.begun else "")
 
     def __torch_function__(

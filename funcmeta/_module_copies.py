@@ -39,7 +39,7 @@ class Copies:
         constants: its buffers and frozen parameters, by name.
 
     Raises:
-        ArgumentError: it can not be copied, or a parameter has a hook that belongs to ``backward()`` alone.
+        ArgumentError: it cannot be copied, or a parameter has a hook that belongs to ``backward()`` alone.
     """
 
     def __init__(self, module: nn.Module, trainable: Params, constants: Buffers) -> None:
@@ -130,7 +130,7 @@ class Copies:
         for change in mode.structure.changes(copy):
             if change.final:
                 raise GraphError(
-                    f"The module's forward advances '{change.path}', which can not be put back for the next call. "
+                    f"The module's forward advances '{change.path}', which cannot be put back for the next call. "
                     f"{_ADVICE}"
                 )
             if change.place is None:

@@ -25,9 +25,9 @@ def split(graph: GraphModule, inputs: int, results: int) -> Split:
         if not late.isdisjoint(node.all_input_nodes):
             late.add(node)
     gradients = ends[results:]
-    dear = {node for node in nodes if node not in late and _is_dear(node)}
-    needed = _behind(gradients, dear)
-    kept = [node for node in nodes if node in dear and node in needed]
+    costly = {node for node in nodes if node not in late and _is_costly(node)}
+    needed = _behind(gradients, costly)
+    kept = [node for node in nodes if node in costly and node in needed]
     forward = _extracted(graph, places[:inputs], [*ends[:results], *kept])
     return Split(forward, _extracted(graph, [*places[:inputs], *kept, *places[inputs:]], gradients))
 
@@ -59,14 +59,14 @@ def _behind(ends: Iterable[Node], stop: set[Node]) -> set[Node]:
     return found
 
 
-def _is_dear(node: Node) -> bool:
+def _is_costly(node: Node) -> bool:
     """Whether it is better kept than computed again."""
     if node.target is operator.getitem:
-        return _is_dear(node.args[0])  # type: ignore[arg-type]
-    return is_draw(node) or getattr(node.target, "_opname", None) in _DEAR
+        return _is_costly(node.args[0])  # type: ignore[arg-type]
+    return is_draw(node) or getattr(node.target, "_opname", None) in _COSTLY
 
 
-_DEAR = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
+_COSTLY = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 
 
 def is_draw(node: Node) -> bool:

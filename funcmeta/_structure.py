@@ -32,7 +32,7 @@ class Change(NamedTuple):
     value: Any = None
     """What it now holds."""
     final: bool = False
-    """Whether the next copy has it too, because what changed can not be copied."""
+    """Whether the next copy has it too, because what changed cannot be copied."""
 
 
 class Copy(NamedTuple):
@@ -55,7 +55,7 @@ class Structure:
         fill: whether a call may fill the containers of modules that are empty (hooks); if not, it raises ``Filled``.
 
     Raises:
-        ArgumentError: something that refers to these tensors can not be built again.
+        ArgumentError: something that refers to these tensors cannot be built again.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Structure:
                 self._root, self._extra = walk.place(module, ""), walk.place(extra, "the hooks on parameters")
         except RecursionError as error:
             raise ArgumentError(
-                f"{title} can not be copied: the objects that it refers to are nested too deeply. Let it hold less."
+                f"{title} cannot be copied: the objects that it refers to are nested too deeply. Let it hold less."
             ) from error
         self._modules = walk.modules()
         walk.finish()

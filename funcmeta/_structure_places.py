@@ -99,7 +99,7 @@ class Places:
         return self._next_made + 1
 
     def _build(self, value: Any, children: Callable[[], list[int | None]], make: Make) -> int | None:
-        """The place of something that can not change: a new one if a child has one."""
+        """The place of something that cannot change: a new one if a child has one."""
         self._pending[id(value)] = 0
         moves = any(place is not None for place in children())
         del self._pending[id(value)]

@@ -43,7 +43,7 @@ class Walk(Places):
         kind = type(module)
         if isinstance(module, torch.jit.ScriptModule):
             raise ArgumentError(
-                f"'{path}' is a ScriptModule, which can not run statelessly. Use the module it was made from."
+                f"'{path}' is a ScriptModule, which cannot run statelessly. Use the module it was made from."
             )
         place = self._shell(module, lambda: object.__new__(kind))
         static: dict[str, Any] = {}
@@ -178,7 +178,7 @@ class Walk(Places):
                 self._share(value)
                 return None
             raise ArgumentError(
-                f"{self._title} can not be copied: '{path}' is of type {kind.__name__}, which refers to the module and "
+                f"{self._title} cannot be copied: '{path}' is of type {kind.__name__}, which refers to the module and "
                 f"cannot be built again. Keep it outside of the module."
             ) from error
         place = self._shell(value, make)
@@ -203,7 +203,7 @@ class Walk(Places):
         pairs = [(keys[index], at) for index, at in moving]
         self._fill_dict(Names(path, keys, "attribute"), place, vars, dict(zip(keys, static, strict=True)), pairs)
 
-    # ---- what can not change
+    # ---- what cannot change
 
     def _tuple(self, value: Any, path: str) -> int | None:
         kind: Any = type(value)

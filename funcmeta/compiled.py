@@ -125,6 +125,9 @@ class Compiled:
         with torch._C.DisableTorchFunction():
             tensors: list[Tensor] = []
             structure = (_structure(trees, tensors), *_setting(tensors))
+            if len({id(each) for each in tensors}) < len(tensors):  # a function may ask whether two are one tensor
+                first: dict[int, int] = {}
+                structure = (*structure, *[first.setdefault(id(each), place) for place, each in enumerate(tensors)])
             tensors = [contiguous(tensor) for tensor in tensors]
             shapes = tuple([tensor.shape for tensor in tensors])
             variant = self._variants.get((structure, shapes))
@@ -171,7 +174,7 @@ class Compiled:
             try:
                 variant = make(vary=vary)
             except CompileError:
-                pass  # an operation that can not be recorded with variable sizes may be recorded with these
+                pass  # an operation that cannot be recorded with variable sizes may be recorded with these
             else:
                 if variant.fits(tensors):
                     return variant

@@ -245,7 +245,7 @@ def _check_module(module: nn.Module) -> None:
     if not _trainable(module):
         raise ArgumentError(
             f"{type(module).__name__} has no parameter that requires grad, so nothing can be trained. "
-            f"Call requires_grad_() on what shall be."
+            f"Call requires_grad_() on what should be trained."
         )
 
 

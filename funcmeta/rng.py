@@ -88,7 +88,7 @@ def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
 
     Raises:
         ArgumentError: ``seed`` is no integer from 0 to 2**63 - 1.
-        GraphError: it is the seed of stacked tasks that run at once, for which one generator can not draw.
+        GraphError: it is the seed of stacked tasks that run at once, for which one generator cannot draw.
     """
     if type(seed) is Seed:
         raise GraphError(

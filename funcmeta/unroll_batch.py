@@ -64,7 +64,7 @@ def unroll_batch(
 
     Raises:
         ArgumentError: an unknown strategy, and as ``unroll``.
-        GraphError: under "vmap" a step does what torch can not batch, or not rightly.
+        GraphError: under "vmap" a step does what torch cannot batch, or not rightly.
         StructureError: the tensors of ``tasks`` share no leading dimension, and as ``unroll``.
 
     Examples:
@@ -241,7 +241,7 @@ class _Cost(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """Why vmap can not be used, if it can not, and what either strategy costs where that was measured."""
+    """Why vmap cannot be used, if it cannot, and what either strategy costs where that was measured."""
 
     why: str
     costs: dict[Strategy, _Cost]
@@ -264,7 +264,7 @@ def _key(case: _Case, first: Any, steps: int) -> tuple[Any, ...]:
 
 
 def _objection(case: _Case, first: Any, steps: int) -> str:
-    """Why the tasks can not run as one batch, or nothing; found out once for each problem and kind of arguments."""
+    """Why the tasks cannot run as one batch, or nothing; found out once for each problem and kind of arguments."""
     if inside_functorch():
         return ""  # no gradient can be taken here, so nothing can be compared
     known = remembered(_known, case.problem)

@@ -460,3 +460,25 @@ def test_a_kernel_that_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, meta = problem_of(lambda w, x: (x @ w).sin().mean()), meta_of()
     with pytest.raises(fm.CompileError, match="is nan from what the function itself gives"):
         outcome(fm.compile(problem, backend="aten"), meta, fm.Task(rows(4), rows(2)))
+
+
+def test_whether_two_arguments_are_one_tensor_is_told_apart() -> None:
+    """A function may ask for it; a kernel for one answer is not taken for the other."""
+
+    def loss(w: Tensor, batch: Any) -> Tensor:
+        return (w * batch["x"]).square().sum() * (3.0 if batch["z"] is batch["x"] else 1.0)
+
+    def step(meta: Any, w: Tensor, batch: Any, seed: int) -> Any:
+        value, slope = fm.value_and_grad(lambda w: loss(w, batch))(w)
+        return w - meta["lr"] * slope, fm.StepInfo(value)
+
+    problem = fm.Problem(lambda m, t, s: torch.ones(3), step, lambda m, w, q, s: w.sum())
+    fast = fm.compile(problem, backend="aten")
+    meta, x = {"lr": torch.tensor(0.1, requires_grad=True)}, torch.ones(3)
+    apart, one = ({"x": x, "z": each} for each in (torch.ones(3), x))
+    assert torch.equal(
+        fm.unroll(fast, meta, fm.Task(apart, x), steps=1).loss,
+        fm.unroll(problem, meta, fm.Task(apart, x), steps=1).loss,
+    )
+    with pytest.raises(fm.CompileError):
+        fm.unroll(fast, meta, fm.Task(one, x), steps=1)

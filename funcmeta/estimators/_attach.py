@@ -119,7 +119,7 @@ def _contracted(along: Tensor, by: Tensor) -> Tensor:
 def _check_once() -> None:
     if torch.is_grad_enabled():
         raise GraphError(
-            "The meta-gradient was asked for with create_graph=True, but this estimator's can not be "
+            "The meta-gradient was asked for with create_graph=True, but this estimator's cannot be "
             "differentiated again: it would count as a constant. Use Reverse() or MixedMode(); so too for an unroll "
             "inside of an inner loss, whose gradient is differentiated again."
         )

@@ -323,8 +323,11 @@ class Run:
 
 
 def _what_is_best(validation: Validation) -> str:
-    """What a best score is the best of: scores of other tasks, or the other way up, do not compare with it."""
-    return f"of {validation.number} tasks, the {'highest' if validation.higher_is_better else 'lowest'} mean is best"
+    """What a best score is the best of: another score, of another number of tasks, does not compare with it."""
+    score = validation.score
+    name = "loss" if score is None else getattr(score, "__qualname__", type(score).__name__)
+    which = "highest" if validation.higher_is_better else "lowest"
+    return f"of {validation.number} tasks, the {which} mean of {name} is best"
 
 
 def _check_held(optimizer: Optimizer, meta: Meta) -> None:

@@ -212,10 +212,10 @@ def test_a_run_is_resumed_with_the_validation_that_it_was_begun_with(tmp_path: P
     judged = Validation(Lines(2.0), every=1, number=2)
     fit(down(), Lines(), sgd, steps=1, validation=judged, folder=Folder(tmp_path))
     resumed = Folder(tmp_path, resume=True)
-    was = "begun with other settings: validation 'of 2 tasks, the lowest mean is best', now"
-    with pytest.raises(fm.ArgumentError, match=rf"{was} 'of 3 tasks, the lowest mean is best'\. Resume it"):
+    was = "begun with other settings: validation 'of 2 tasks, the lowest mean of loss is best', now"
+    with pytest.raises(fm.ArgumentError, match=rf"{was} 'of 3 tasks, the lowest mean of loss is best'\. Resume it"):
         fit(down(), Lines(), sgd, steps=2, validation=judged._replace(number=3), folder=resumed)
-    with pytest.raises(fm.ArgumentError, match=rf"{was} 'of 2 tasks, the highest mean is best'"):
+    with pytest.raises(fm.ArgumentError, match=rf"{was} 'of 2 tasks, the highest mean of loss is best'"):
         fit(down(), Lines(), sgd, steps=2, validation=judged._replace(higher_is_better=True), folder=resumed)
     with pytest.raises(fm.ArgumentError, match=rf"{was} None"):
         fit(down(), Lines(), sgd, steps=2, folder=resumed)
