@@ -7,7 +7,8 @@ torch. So the graph of a loss has to consist of nodes that are known to be good,
 watched for while the loss runs.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -146,3 +147,34 @@ GOOD = frozenset([f"{name}Backward0" for name in _FIRST.split()]) | frozenset(_O
 Found by running every operation of torch's own table (``torch.testing._internal.common_methods_invocations.op_db``) on
 its sample inputs in double precision, inside a nonlinear function, both ways; ``tests/test_duals.py`` does it again.
 """
+
+
+def is_gradient(
+    slopes: Sequence[Tensor | None],
+    along: Sequence[Tensor | None],
+    tangent: Tensor | None,
+    precision: float,
+    room: float,
+) -> bool:
+    """Whether the tangent of the loss along v is ⟨g, v⟩, as it is unless a backward rule is no derivative.
+
+    Near a minimum both are rounding errors of a sum that cancels. A move of θ by its last places changes ⟨g, v⟩ by
+    eps · |θ| · |Hv|, which ``room`` is without the eps.
+    """
+    pairs = [(g.detach(), v) for g, v in zip(slopes, along, strict=False) if g is not None and v is not None]
+    rate = 0.0 if tangent is None else float(tangent.detach())
+    if not pairs:
+        return rate == 0.0
+    expected = float(torch.stack([torch.dot(g.reshape(-1), v.reshape(-1)) for g, v in pairs]).sum())
+    norms = [torch.stack(torch._foreach_norm(list(each))) for each in zip(*pairs, strict=True)]
+    scale = float(torch.dot(*norms))
+    if math.isnan(rate) or math.isnan(expected):
+        return math.isnan(rate) and math.isnan(expected)
+    return abs(rate - expected) <= precision * max(scale, abs(rate)) + 64 * precision**2 * room
+
+
+def room_of(thetas: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> float:
+    """|θ| · |Hv|, in double precision, as v may be tiny."""
+    pairs = [(theta.detach(), by.detach()) for theta, by in zip(thetas, tangents, strict=False) if by is not None]
+    sizes = [torch.stack(torch._foreach_norm(list(each))).double().norm() for each in zip(*pairs, strict=True)]
+    return float(sizes[0] * sizes[1]) if sizes else 0.0

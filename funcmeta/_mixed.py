@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from funcmeta import rng, tree
 from funcmeta._batching import Level, task_level
 from funcmeta._context import Autocast
-from funcmeta._duals import obstacle
+from funcmeta._duals import is_gradient, obstacle, room_of
 from funcmeta._errors import FallbackWarning, ReplayError
 from funcmeta._exact_layers import DualLayers, exact_layers
 from funcmeta._gradient import Gradient, Objective, Steering, check_depends, exact, left, steered
@@ -306,7 +306,9 @@ def _forward_over_reverse(
             slopes = torch.autograd.grad(total, leaves, allow_unused=True)
             tangents = [None if each is None else _tangent(each) for each in slopes]
             known = not isinstance(total, FakeTensor)  # a recording has no numbers; it is compared with this function
-            if known and not _is_gradient(slopes, along, _tangent(total), ctx.inner.precision, _room(thetas, tangents)):
+            if known and not is_gradient(
+                slopes, along, _tangent(total), ctx.inner.precision, room_of(thetas, tangents)
+            ):
                 ctx.inner.rule.fall_back("the gradient that torch computes is not the derivative of the inner loss")
                 return None
     except (NotImplementedError, RuntimeError) as error:
@@ -317,37 +319,6 @@ def _forward_over_reverse(
     finally:
         retire(leaves)
     return [_sum(*pair) for pair in zip(sums, tangents, strict=True)]
-
-
-def _is_gradient(
-    slopes: Sequence[Tensor | None],
-    along: Sequence[Tensor | None],
-    tangent: Tensor | None,
-    precision: float,
-    room: float,
-) -> bool:
-    """Whether the tangent of the loss along v is ⟨g, v⟩, as it is unless a backward rule is no derivative.
-
-    Near a minimum both are rounding errors of a sum that cancels. A move of θ by its last places changes ⟨g, v⟩ by
-    eps · |θ| · |Hv|, which ``room`` is without the eps.
-    """
-    pairs = [(g.detach(), v) for g, v in zip(slopes, along, strict=False) if g is not None and v is not None]
-    rate = 0.0 if tangent is None else float(tangent.detach())
-    if not pairs:
-        return rate == 0.0
-    expected = float(torch.stack([torch.dot(g.reshape(-1), v.reshape(-1)) for g, v in pairs]).sum())
-    norms = [torch.stack(torch._foreach_norm(list(each))) for each in zip(*pairs, strict=True)]
-    scale = float(torch.dot(*norms))
-    if math.isnan(rate) or math.isnan(expected):
-        return math.isnan(rate) and math.isnan(expected)
-    return abs(rate - expected) <= precision * max(scale, abs(rate)) + 64 * precision**2 * room
-
-
-def _room(thetas: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> float:
-    """|θ| · |Hv|, in double precision, as v may be tiny."""
-    pairs = [(theta.detach(), by.detach()) for theta, by in zip(thetas, tangents, strict=False) if by is not None]
-    sizes = [torch.stack(torch._foreach_norm(list(each))).double().norm() for each in zip(*pairs, strict=True)]
-    return float(sizes[0] * sizes[1]) if sizes else 0.0
 
 
 def _tangent(tensor: Tensor) -> Tensor | None:

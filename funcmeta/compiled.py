@@ -20,7 +20,7 @@ from funcmeta._graph import inside_functorch
 from funcmeta._live_bytes import uncounted
 from funcmeta._lowering import Derivative, Lowered, contiguous
 from funcmeta._typing import Tree
-from funcmeta._value_key import value_key
+from funcmeta._value_key import shared, value_key
 from funcmeta.problem import Problem, StepInfo
 
 Backend = Literal["inductor", "aten"]
@@ -125,9 +125,7 @@ class Compiled:
         with torch._C.DisableTorchFunction():
             tensors: list[Tensor] = []
             structure = (_structure(trees, tensors), *_setting(tensors))
-            if len({id(each) for each in tensors}) < len(tensors):  # a function may ask whether two are one tensor
-                first: dict[int, int] = {}
-                structure = (*structure, *[first.setdefault(id(each), place) for place, each in enumerate(tensors)])
+            structure = (*structure, *shared(tensors))
             tensors = [contiguous(tensor) for tensor in tensors]
             shapes = tuple([tensor.shape for tensor in tensors])
             variant = self._variants.get((structure, shapes))
@@ -198,6 +196,7 @@ class _Variant:
         self._plain = plain
         self._arguments, self._results, self._taken = tree.hollow(trees), _NOTHING, 0
         self.shapes = [tensor.shape for tensor in tensors]
+        self._places = shared(tree.tensors(trees)) or range(len(tensors))
         before, after = (sum(isinstance(leaf, Tensor) for leaf in tree.leaves(trees[:end])) for end in (1, 2))
         self._state = [before <= place < after and each.is_floating_point() for place, each in enumerate(tensors)]
         current = steering()
@@ -253,6 +252,7 @@ class _Variant:
             return tree.filled(self._results, _Step.apply(derivative, seed, *inputs))  # type: ignore[no-untyped-call]
 
     def _flat(self, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
+        tensors = [tensors[place] for place in self._places]
         with rng.forked(seed), exact_layers(), self._autocast.again(), steered(self._rule) as current:
             results = _without_reports(self._plain(*tree.filled(self._arguments, tensors), seed))
         hollow = tree.map(_number, tree.hollow(results))

@@ -476,9 +476,6 @@ def test_whether_two_arguments_are_one_tensor_is_told_apart() -> None:
     fast = fm.compile(problem, backend="aten")
     meta, x = {"lr": torch.tensor(0.1, requires_grad=True)}, torch.ones(3)
     apart, one = ({"x": x, "z": each} for each in (torch.ones(3), x))
-    assert torch.equal(
-        fm.unroll(fast, meta, fm.Task(apart, x), steps=1).loss,
-        fm.unroll(problem, meta, fm.Task(apart, x), steps=1).loss,
-    )
-    with pytest.raises(fm.CompileError):
-        fm.unroll(fast, meta, fm.Task(one, x), steps=1)
+    for batch in (apart, one):
+        got, expected = (fm.unroll(each, meta, fm.Task(batch, x), steps=1).loss for each in (fast, problem))
+        torch.testing.assert_close(got, expected)

@@ -173,7 +173,7 @@ def test_there_is_room_for_the_tensor_of_all_losses(steps: int) -> None:
 
 def sizes(**given: Any) -> Sizes:
     """Sizes of nothing but what is given; the short runs take nothing."""
-    nothing = {name: 0 for name in ("meta", "initial", "state", "notes", "loss", "norms")}
+    nothing = dict.fromkeys(("meta", "initial", "state", "notes", "loss", "norms"), 0)
     run = Run(4, 0, 0, 0, 0)
     runs = {"one": run, "whole": replace(run, steps=3), "single": run, "paired": run}
     return Sizes(**{**nothing, "shares": False, "seconds": 1.0, "graph_seconds": 1.0, **runs, **given})
