@@ -1,6 +1,7 @@
 """budget: what is foretold is what is measured, and the policy that it picks takes the fewest evaluations that fit."""
 
 import pickle
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
