@@ -185,8 +185,8 @@ def run(
     with torch.set_grad_enabled(torch.is_grad_enabled() and _requires_grad((meta, carry))):
         if isinstance(memory, Budget) and torch.is_grad_enabled() and not getattr(estimator, "follows_memory", True):
             raise ArgumentError(
-                f"memory is {memory!r}, but {estimator!r} follows no memory policy, so no budget bounds it. Leave memory "
-                f"out, or take an estimator that goes back through the steps, e.g. Reverse()."
+                f"memory is {memory!r}, but {estimator!r} follows no memory policy, so no budget bounds it. Leave "
+                f"memory out, or take an estimator that goes back through the steps, e.g. Reverse()."
             )
         own_meta, own_carry = tree.map(_own, (meta, carry))
         primal = _bind(problem, task, own_carry, start, start + steps, seed, tasks)

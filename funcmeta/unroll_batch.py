@@ -45,7 +45,8 @@ def unroll_batch(
         steps: number of inner steps, 0 or more.
         strategy: "vmap" runs the tasks as one batched computation; "loop" one after the other; "auto" takes one and
             two steps both ways on the first call with these shapes, keeps in mind what they took, chooses by that for
-            the number of steps, and reports the choice in ``out.info.strategy``.
+            the number of steps, and reports the choice in ``out.info.strategy``. Under a ``Budget`` it is "loop",
+            as the trial steps could take more than the budget.
         estimator: as for ``unroll``.
         memory: as for ``unroll``.
         seed: as for ``unroll``. With dropout or other draws, "vmap" and "loop" draw differently from one seed.
@@ -87,6 +88,8 @@ def unroll_batch(
             f"looks like one task, or like tasks that were stacked by hand. Use unroll for one task; stack several by "
             f"tasks.stack([...]) or sample_batch(seed, tasks)."
         )
+    if strategy == "auto" and isinstance(memory, Budget):
+        strategy = "loop"  # trial runs both ways would take memory of their own
     if strategy == "auto" and not steps:
         strategy = "vmap"
     if strategy == "auto" and carry is not None and carry.particles is not None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from funcmeta import tree
 from funcmeta._check import check_count
@@ -120,30 +121,30 @@ def _pushed_run(
 ) -> tuple[Tensor | None, Trajectory, Tensor]:
     """The meta-loss, the trajectory, and the derivative of the meta-loss along each direction."""
     count = len(movable.point)
-    state, tangents = _pushed(lambda values: primal.init(movable.at(values)), movable.point, directions)
+    state, slopes = _pushed(lambda values: primal.init(movable.at(values)), movable.point, directions)
     losses, aux, shares = [], [], []
     for index in range(primal.start, primal.stop):
-        hollow = _constant(state)
+        hollow, moved, tangents = _moving(state, slopes)
 
         def step(values: Sequence[Tensor], hollow: Any = hollow, index: int = index) -> Any:
             with steered(_checked):
                 return primal.step(movable.at(values[:count]), tree.filled(hollow, values[count:]), index)
 
-        (state, info), along = _pushed(step, [*movable.point, *_floats(state)], [*directions, *tangents])
-        tangents, rest = along[: len(_floats(state))], along[len(_floats(state)) :]
+        (state, info), along = _pushed(step, [*movable.point, *moved], [*directions, *tangents])
+        slopes, rest = along[: len(_floats(state))], along[len(_floats(state)) :]
         losses.append(info.loss)
         aux.append(info.aux)
         if info.meta_loss is not None:
-            shares.append((info.meta_loss, rest[1]))
+            shares.append((info.meta_loss, _or_zeros(rest[1], info.meta_loss, directions)))
     path = Trajectory(state, None, losses, aux)
     if primal.meta_loss is not None:
-        judge, hollow = primal.meta_loss, _constant(state)
+        judge, (hollow, moved, tangents) = primal.meta_loss, _moving(state, slopes)
         loss, (along_loss,) = _pushed(
             lambda values: judge(movable.at(values[:count]), tree.filled(hollow, values[count:])),
-            [*movable.point, *_floats(state)],
+            [*movable.point, *moved],
             [*directions, *tangents],
         )
-        shares.append((loss, along_loss))
+        shares.append((loss, _or_zeros(along_loss, loss, directions)))
     if not shares:
         return None, path, torch.zeros(())
     return torch.stack([each for each, _ in shares]).sum(), path, torch.stack([each for _, each in shares]).sum(0)
@@ -151,14 +152,18 @@ def _pushed_run(
 
 def _pushed(
     fn: Callable[[Sequence[Tensor]], Any], point: list[Tensor], directions: list[Tensor]
-) -> tuple[Any, list[Tensor]]:
-    """The result of a function, and the derivatives of its floating-point tensors along each direction."""
+) -> tuple[Any, list[Tensor | None]]:
+    """The result of a function, and the derivatives of its floating-point tensors along each direction.
+
+    A tensor that does not move has None: a frozen backbone in the state is not copied for every direction.
+    """
     made: list[Any] = []
 
     def flat(*values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         result = fn(values)
-        floats = _floats(result)
-        made[:] = [_constant(result, keep=False), len(floats)]
+        moves = [_tangent(leaf) is not None for leaf in _floats(result)]
+        made[:] = [_constant(result, keep=False), moves]
+        floats = [leaf for leaf, moving in zip(_floats(result), moves, strict=True) if moving]
         return floats or [values[0]], tree.tensors(result)  # torch pushes no empty result
 
     at = tuple([each.contiguous() for each in point])
@@ -169,7 +174,28 @@ def _pushed(
 
     both = torch.func.vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
     slopes, every = both(*directions)
-    return tree.filled(made[0], every), slopes[: made[1]]
+    found = iter(slopes)
+    return tree.filled(made[0], every), [next(found) if moving else None for moving in made[1]]
+
+
+def _tangent(tensor: Tensor) -> Tensor | None:
+    return forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _moving(state: Any, tangents: Sequence[Tensor | None]) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """The state with holes for the tensors that have a tangent, these, and their tangents."""
+    moves = [tangent is not None for tangent in tangents]
+    each = iter(moves)
+
+    def opened(leaf: Any) -> Any:
+        return tree.HOLE if isinstance(leaf, Tensor) and leaf.is_floating_point() and next(each) else leaf
+
+    moved = [leaf for leaf, moving in zip(_floats(state), moves, strict=True) if moving]
+    return tree.map(opened, state), moved, [tangent for tangent in tangents if tangent is not None]
+
+
+def _or_zeros(slope: Tensor | None, loss: Tensor, directions: Sequence[Tensor]) -> Tensor:
+    return loss.new_zeros(len(directions[0])) if slope is None else slope
 
 
 def _checked(objective: Objective, params: Tree) -> Gradient:
