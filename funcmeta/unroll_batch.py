@@ -52,7 +52,8 @@ def unroll_batch(
             "auto" takes one and two steps both ways on the first call with these shapes, and from then on the way
             that takes less time for the number of steps, where both gave the same, else the loop. It reports the
             choice in ``out.info.strategy``. "vmap" compares two steps of two tasks with the loop, on the first call.
-            Estimators with perturbed copies have others for each task in a loop, which "auto" takes for them.
+            Estimators with perturbed copies have others for each task in a loop, which "auto" takes for them. Under a
+            ``Budget`` "auto" is "loop", as trials could take more than the budget.
         estimator: as for ``unroll``.
         memory: as for ``unroll``.
         seed: as for ``unroll``. Each task draws the same by every strategy: from the seed ``fold(seed, task)``. Under
@@ -96,7 +97,8 @@ def unroll_batch(
             f"tasks.stack([...]) or sample_batch(seed, tasks)."
         )
     one_seed = rng.Seed.of(rng.check_seed(seed), lambda: tuple([rng.fold(seed, index) for index in range(number)]))
-    case = _Case(problem, meta, tasks, number, estimator, one_seed, carry)
+    case = _Case(problem, meta, tasks, number, estimator, one_seed, carry) Under a
+            ``Budget`` "auto" is "loop", as trials could take more than the budget.
     if strategy == "auto" and carry is not None and carry.particles is not None:
         strategy = _made_by(carry.particles, meta)
     if strategy == "auto":

@@ -50,7 +50,7 @@ def run(case: Any, steps: int, memory: Any) -> fm.Plan | None:
 
 def figures(case: Any, steps: int) -> dict[str, tuple[float, float, fm.Plan]]:
     """Megabytes, seconds and plan of each policy; the timed runs take turns."""
-    names = [str(memory).replace(", reserved=0", "") for memory in POLICIES]
+    names = [str(memory) for memory in POLICIES]
     peaks, plans = {}, {}
     for name, memory in zip(names, POLICIES, strict=True):
         with LiveBytes() as live:

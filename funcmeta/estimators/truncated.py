@@ -79,9 +79,12 @@ class Truncated:
         """Take the windows one after the other, each from a detached state."""
         cuts = [primal.start, *range(primal.stop, primal.start, -self.length)[::-1]]
         windows = list(pairwise(cuts))
-        if isinstance(memory, Budget) and isinstance(self.estimator, Truncated):
-            memory = Budget(max(1, memory.bytes // max(1, len(windows))))
-        elif isinstance(memory, Budget):
+        if isinstance(memory, Budget):
+            if isinstance(self.estimator, Truncated):
+                raise ArgumentError(
+                    f"memory is {memory!r}, which cannot be planned for windows within windows. Use "
+                    f"Truncated({self.estimator.length}) by itself, or a policy such as Segments()."
+                )
             memory = memory.judged(primal.meta_loss).over(windows)
         shares, losses, aux, plans = [], [], list[Any](), list[tuple[Plan | None, bool]]()
         path = None

@@ -31,15 +31,16 @@ class Account:
     replays: ClassVar[bool] = True
 
     def __init__(
-        self, bytes: int, judge: Judge | None, windows: Sequence[tuple[int, int]] = (), *, copies: int = 0
+        self, bytes: int, judge: Judge | None, windows: Sequence[tuple[int, int]] = (), *, runs: int = 1
     ) -> None:
-        self._bytes, self._judge, self._windows, self._copies = bytes, judge, windows, copies
+        self._given, self._judge, self._windows, self._runs = bytes, judge, windows, runs
+        self._bytes = bytes // runs
         self._measure: Measure | None = None
         self._shares, self._spent, self._initial = False, 0, 0
 
     def over(self, windows: Sequence[tuple[int, int]]) -> "Account":
         """The same for windows of steps, of which the last one is judged."""
-        return Account(self._bytes, self._judge, windows, copies=self._copies)
+        return Account(self._given, self._judge, windows, runs=self._runs)
 
     def begun(self, init: Callable[[Meta], Any], meta: Meta) -> Any:
         """The initial state, whose bytes count as far as it is made here."""
@@ -62,7 +63,7 @@ class Account:
         longest = windows[-1][1] - windows[-1][0]
         to_come = sum(begin >= stop for begin, _ in windows)
         chosen = self._choose(self._measure, longest, len(windows), to_come)
-        path = chosen.memory.run(step, meta, state, start, stop)
+        path: Trajectory = chosen.memory.run(step, meta, state, start, stop)
         if path.share is not None:
             self._shares = True
             self._spent += self._kept(self._measure.sizes, _run(self._measure.sizes, chosen))
@@ -90,8 +91,7 @@ class Account:
 
         # A short run is counted only where its own peak cannot break the budget, until nothing else is left to try.
         room = self._bytes - self._spent - measure.sizes.initial
-        if measure.sizes.whole is None and measure.sizes.one.longer(2 * measure.sizes.one.further).peak <= room:
-            measure.whole()
+        _count_whole(measure, room)
         if not fits(0, steps) and steps > 1:
             if measure.sizes.single is None:
                 measure.single()
@@ -100,11 +100,12 @@ class Account:
                 measure.paired()
         chosen = best()
         if chosen is None and measure.sizes.whole is None:
-            measure.whole()
+            measure.whole(3)
             chosen = best()
         if chosen is None:
             runs = [measure.sizes.run(steps, *each) for each in ((0, steps), (1, 1))]
-            raise MemoryBudgetError(self._bytes, min(need for each in runs if (need := peak(each)) is not None))
+            smallest = min(need for each in runs if (need := peak(each)) is not None)
+            raise MemoryBudgetError(self._given, smallest * self._runs)
         needed = peak(_run(measure.sizes, chosen))
         assert needed is not None
         return replace(chosen, estimate=Estimate(needed, measure.sizes.factor(chosen)))
@@ -114,13 +115,22 @@ class Account:
         peak = sizes.initial + max(found.peak, self._kept(sizes, found))
         if windows == 1:
             return peak
-        peak += self._spent + (windows - 1) * steps * sizes.notes
+        peak += self._spent + sizes.state + (windows - 1) * steps * (sizes.notes + sizes.loss)
         # Going back through an earlier window, the gradients by meta of the later ones wait to be added to.
         return peak + (to_come * self._kept(sizes, found) + sizes.meta if self._shares else 0)
 
     def _kept(self, sizes: Sizes, found: Run) -> int:
-        """Bytes alive between the forward and the backward pass, copies of the result among them."""
-        return found.kept + self._copies * sizes.state
+        """Bytes alive between the forward and the backward pass, with copies of the state where several are stacked."""
+        return found.kept + (2 * sizes.state if self._runs > 1 else 0)  # for the result, and for the carry
+
+
+def _count_whole(measure: Measure, room: int) -> None:
+    one = measure.sizes.one
+    if measure.sizes.whole is not None or one.peak + one.further > room:
+        return
+    counted = measure.whole(3 if one.peak + 2 * one.further <= room else 2)
+    if counted.steps == 2 and counted.peak + counted.further <= room:
+        measure.whole(3)
 
 
 def _run(sizes: Sizes, chosen: Plan) -> Run:

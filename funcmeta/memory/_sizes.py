@@ -74,7 +74,7 @@ class Sizes:
     shares: bool
     """Whether a step gives a share of the meta-loss."""
     one: Run
-    """One step whose state depends on ``meta`` in every tensor, differentiated in full: no step takes more."""
+    """``StoreAll`` over one step, whose state depends on ``meta`` as later ones do and is differentiated as theirs."""
     seconds: float
     """Time of a step without a graph."""
     graph_seconds: float
@@ -101,11 +101,15 @@ class Sizes:
             more = (states - 1) * self.state
             if base is not None:
                 # What nodes of the last part hold on to after their backward pass is alive beside the earlier parts.
-                more += (steps - base.steps) * self.notes + (part - min(part, 2)) * (base.further + -(-base.left // 2))
+                more += (steps - base.steps) * self.notes + (part - min(part, 2)) * (base.further + self._left())
         if base is None:
             return None
         found = base.longer(more + steps * self.loss)
         return replace(found, peak=found.peak + (0 if part == steps else self._comparing(steps, states, part)))
+
+    def _left(self) -> int:
+        """What each step of the last part leaves behind."""
+        return 0 if self.paired is None or self.single is None else max(0, self.paired.left - self.single.left)
 
     def _comparing(self, steps: int, states: int, part: int) -> int:
         """Bytes of the losses and norms by which repeated steps are compared."""
@@ -128,10 +132,11 @@ class Measure:
         self._meta, self._state = _leaves(meta), _leaves(state)
         self.sizes = self._first(initial)
 
-    def whole(self) -> None:
+    def whole(self, steps: int) -> Run:
         """Count ``StoreAll``."""
-        steps = min(3, self._stop - self._start)
-        self.sizes = replace(self.sizes, whole=self._counted(StoreAll(), steps))
+        found = self._counted(StoreAll(), min(steps, self._stop - self._start))
+        self.sizes = replace(self.sizes, whole=found)
+        return found
 
     def single(self) -> None:
         """Count ``Revolve(1)``."""
@@ -145,13 +150,18 @@ class Measure:
 
     def _first(self, initial: int) -> Sizes:
         """One step with its graph, and what it leaves."""
-        with LiveBytes() as live:
-            path, one = self._through(StoreAll(), 1, live, every=True)
+        moves, before = [leaf.requires_grad for leaf in tree.tensors(self._state)], list[bool]()
+        while moves != before:  # as far as ``meta`` reaches in the end
+            before = moves
+            with LiveBytes() as live:
+                path, one = self._through(StoreAll(), 1, live, moves=moves)
+            after = tree.tensors(path.state)
+            moves = [moving or leaf.requires_grad for moving, leaf in zip(before, after, strict=True)]
             state = sum(live.storages.get(key, 0) for key in _storages(path.state))
-        notes, loss = bytes_of((path.losses, path.aux), (self._meta, self._state)), path.losses[0].nbytes
-        norms = sum(leaf.element_size() for leaf in tree.tensors(path.state) if leaf.is_floating_point())
-        shares = path.share is not None
-        del path
+            notes, loss = bytes_of((path.losses, path.aux), (self._meta, self._state)), path.losses[0].nbytes
+            norms = sum(leaf.element_size() for leaf in after if leaf.is_floating_point())
+            shares = path.share is not None
+            del path, after  # not to be alive beside the next
         device = next((leaf.device for leaf in _attached((self._meta, self._state))), torch.device("cpu"))
         return Sizes(
             meta=bytes_of(_attached(self._meta)),
@@ -163,7 +173,7 @@ class Measure:
             shares=shares,
             one=one,
             seconds=_seconds(self._plain, device),
-            graph_seconds=_seconds(lambda: self._through(StoreAll(), 1, every=True), device),
+            graph_seconds=_seconds(lambda: self._through(StoreAll(), 1, moves=moves), device),
         )
 
     def _plain(self) -> None:
@@ -175,34 +185,34 @@ class Measure:
             return self._through(memory, steps, live)[1]
 
     def _through(
-        self, memory: Memory, steps: int, live: LiveBytes | None = None, *, every: bool = False
+        self, memory: Memory, steps: int, live: LiveBytes | None = None, *, moves: list[bool] | None = None
     ) -> tuple[Trajectory, Run]:
         """Take the first steps, judge where they end, and differentiate, with all alive that an unroll returns.
 
-        With ``every``, each tensor of the initial state counts as depending on ``meta``, and the state at the end is
+        With ``moves``, these tensors of the initial state count as depending on ``meta``, and the state at the end is
         differentiated too, as it is when further steps follow.
         """
         live = live or LiveBytes()
-        meta, initial = self._meta, tree.map(_inner, self._state) if every else self._state
-        graph, given = 0, dict[int, int]()
+        meta, initial = self._meta, self._state if moves is None else _moving(self._state, moves)
+        entries: list[tuple[int, dict[int, int]]] = []
 
         def watched(meta: Meta, state: Any, index: int) -> tuple[Any, StepInfo]:
-            nonlocal graph, given
-            before, given = live.live, {key: live.storages.get(key, 0) for key in _storages(state)}
-            result = self._step(meta, state, index)
-            graph = live.live - before
-            return result
+            entries.append((live.live, {key: live.storages.get(key, 0) for key in _storages(state)}))
+            return self._step(meta, state, index)
 
         with torch.enable_grad():
             path = memory.run(watched, meta, initial, self._start, self._start + steps)
             kept = live.live
-            further = graph - sum(size for key, size in given.items() if key not in live.storages)
+            further = kept - entries[-1][0]
+            if memory.replays:  # the state before the last part was held by its frame: it is gone, but is no saving
+                held = entries[-2 if isinstance(memory, Segments) else -1][1]
+                further += sum(size for key, size in held.items() if key not in live.storages)
             parts = [] if path.share is None else [path.share]
             if self._judge is not None:
                 parts.append(self._judge(self._meta, path.state))
             loss = torch.stack(parts).sum() if len(parts) > 1 else parts[0] if parts else None
             kept = max(kept, live.live)
-            ends = _attached((loss, path.state if every else None))
+            ends = _attached((loss, None if moves is None else path.state))
             if ends:
                 ones = [end.new_ones(()).expand_as(end) for end in ends]  # which take no room
                 torch.autograd.grad(ends, _attached((meta, initial)), ones, allow_unused=True)
@@ -230,8 +240,9 @@ def _leaf(leaf: Any) -> Any:
     return inner_leaf(leaf) if leaf.requires_grad else leaf.detach()
 
 
-def _inner(leaf: Any) -> Any:
-    return inner_leaf(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+def _moving(state: Tree, moves: list[bool]) -> Tree:
+    each = iter(moves)
+    return tree.map(lambda leaf: inner_leaf(leaf) if isinstance(leaf, Tensor) and next(each) else leaf, state)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

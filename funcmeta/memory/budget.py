@@ -15,10 +15,10 @@ class Budget:
     """Follow the policy with the fewest evaluations whose peak stays within some bytes, by measured sizes.
 
     Each run first counts short ones, of the steps as the estimator takes them and the meta-loss: with room for
-    ``StoreAll`` that takes 6 evaluations, with less up to 18, and never more bytes than the budget unless it ends in an
-    error. It then looks among ``StoreAll``, ``Segments`` of every length and ``Revolve`` of every number of snapshots,
-    and says what it follows, with expected bytes and time, in ``out.info.memory``. Sizes are taken to be the same in
-    each step. With ``create_graph=True`` the graph of all steps is built whatever was chosen.
+    ``StoreAll`` that takes 6 to 8 evaluations, with less up to 24, within the budget unless it ends in an error. It
+    then looks among ``StoreAll``, ``Segments`` of every length and ``Revolve`` of every number of snapshots, and says
+    what it follows, with expected bytes and time, in ``out.info.memory``. Sizes are taken to be the same in each step.
+    With ``create_graph=True`` the graph of all steps is built whatever was chosen.
 
     Attributes:
         bytes: most bytes of tensors alive at once, in forward and backward pass, above those before the unroll. What
@@ -44,19 +44,26 @@ class Budget:
 
     def among(self, runs: int) -> "Budget":
         """The part of the budget that one of several runs has whose graphs are alive at once, and results stacked."""
-        return _Part(max(1, self.bytes // runs))
+        return _Part(self.bytes, runs)
 
     def judged(self, judge: Judge | None) -> "Account":
         """The budget of one run with this meta-loss at its end."""
-        return Account(self.bytes, judge, copies=2 if isinstance(self, _Part) else 0)
+        return Account(self.bytes, judge)
 
     def run(self, step: Step, meta: Meta, state: Any, start: int, stop: int) -> Trajectory:
         """Measure, choose, and take the steps."""
         return self.judged(None).run(step, meta, state, start, stop)
 
 
+@dataclass(frozen=True)
 class _Part(Budget):
-    """The budget of one task among several, whose states are stacked at the end: for the result and for the carry."""
+    """The budget of one task among several."""
+
+    runs: int = 1
+
+    def judged(self, judge: Judge | None) -> "Account":
+        """The budget of one run with this meta-loss at its end."""
+        return Account(self.bytes, judge, runs=self.runs)
 
 
 def budget(bytes: int) -> Budget:

@@ -193,6 +193,68 @@ def test_a_long_training_in_the_memory_of_a_window() -> None:
     assert peak(60, fm.Truncated(2)) - losses <= peak(6, fm.Truncated(2)) < 0.15 * peak(60, fm.Reverse())
 
 
+def descent(calls: list[int], shares: Any = lambda index: True) -> Any:
+    """A step that counts itself, on a state of 400 numbers, and gives a share of the meta-loss where asked."""
+
+    def step(rate: Any, state: Any, index: Any, seed: int) -> Any:
+        calls.append(int(index))
+        loss, slope = fm.value_and_grad(lambda w: torch.cos(w).sum())(state)
+        following = state - rate * slope
+        return following, fm.StepInfo(loss, (following**2).sum() if shares(int(index)) else None)
+
+    start = torch.linspace(-1, 1, 400).double()
+    problem = fm.Problem(lambda *_: start, step, lambda rate, state, query, seed: (state**3).sum())
+    return problem, leaf(0.1), fm.Task(lambda index: torch.tensor(index), None)
+
+
+@pytest.mark.parametrize("memory", MEMORIES[:-1], ids=repr)
+@pytest.mark.parametrize("shares", [lambda index: True, lambda index: False, lambda index: index == 3])
+def test_the_plan_is_of_all_windows(memory: Any, shares: Any) -> None:
+    calls: list[int] = []
+    problem, rate, task = descent(calls, shares)
+    out = fm.unroll(problem, rate, task, steps=11, estimator=fm.Truncated(4), memory=memory)
+    out.loss.backward()
+    assert (out.info.memory.memory, out.info.memory.steps) == (memory, 11)
+    assert out.info.memory.evaluations == len(calls)
+    taken = [index for each in out.info.memory.actions if len(each) == 2 for index in range(*each)]
+    assert taken[:11] == sorted(taken[:11])[:11] or set(taken) == set(range(11))
+    assert sorted(taken) == sorted(calls)
+
+
+@pytest.mark.parametrize("inner", [fm.Reverse(), fm.FirstOrder(), fm.MixedMode()], ids=repr)
+@pytest.mark.parametrize("shares", [lambda index: True, lambda index: False, lambda index: index % 7 == 6])
+def test_a_budget_holds_for_all_windows_together(inner: Any, shares: Any) -> None:
+    """Or is refused, which names one that holds; shares that begin after the first window as well."""
+
+    def run(memory: Any) -> tuple[int, Any, Tensor]:
+        problem, rate, task = descent([], shares)
+        with fm.testing.LiveBytes() as live:
+            estimator = fm.Truncated(6, inner)
+            out = fm.unroll(problem, rate, task, steps=40, estimator=estimator, memory=memory)
+            (slope,) = torch.autograd.grad(out.loss, rate)
+        return live.peak, out.info.memory, slope
+
+    whole, _, expected = run(fm.StoreAll())
+    kept, refused = 0, []
+    for given in range(10_000, 3 * whole, whole // 4):
+        try:
+            peak, plan, slope = run(fm.budget(given))
+        except fm.MemoryBudgetError as error:
+            refused.append(error.smallest - given)
+            continue
+        kept += 1
+        assert peak <= given
+        assert plan.steps == 40
+        close(slope, expected)
+    assert kept >= 4
+    assert all(missing > 0 for missing in refused)
+
+
+def test_a_budget_for_windows_within_windows_is_refused() -> None:
+    with pytest.raises(fm.ArgumentError, match=r"windows within windows. Use Truncated\(3\) by itself"):
+        fm.unroll(*descent([]), steps=9, estimator=fm.Truncated(6, fm.Truncated(3)), memory=fm.budget(10**9))
+
+
 # ---- refused
 
 

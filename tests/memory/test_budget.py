@@ -187,7 +187,7 @@ def sizes(**given: Any) -> Sizes:
         ({"single": Run(4, 100, 60, 10, 0)}, 1, 1, 100, 60),
         ({"paired": Run(4, 100, 60, 10, 0)}, 1, 2, 100, 60),
         ({"paired": Run(4, 100, 60, 10, 0)}, 1, 5, 130, 90),  # three steps more
-        ({"paired": Run(4, 100, 60, 10, 6)}, 1, 5, 139, 99),  # each of two leaves a half of it
+        ({"paired": Run(4, 100, 60, 10, 6)}, 1, 5, 148, 108),  # which is what a step leaves behind
         ({"state": 10}, 3, 1, 20, 20),  # beside the initial state, which the short runs store as well
         ({"state": 10}, 3, 2, 20, 20),
         ({"state": 10}, 0, 8, 0, 0),
@@ -318,3 +318,22 @@ def test_bad_budgets(given: Any) -> None:
 def test_the_gradient_is_that_of_store_all() -> None:
     case = setting("batch norm")
     close(gradient(case, tightest(case)), gradient(case, fm.StoreAll()))
+
+
+def test_tasks_in_a_loop_name_the_budget_of_all() -> None:
+    case = setting("plain", (3,))
+    with pytest.raises(fm.MemoryBudgetError, match="within the budget of 1000 bytes") as error:
+        fm.unroll_batch(*case, steps=20, strategy="loop", memory=fm.budget(1000))
+    with LiveBytes() as live:
+        out = fm.unroll_batch(*case, steps=20, strategy="loop", memory=fm.budget(error.value.smallest))
+        out.loss.backward()
+    assert live.peak <= error.value.smallest
+
+
+def test_auto_takes_the_loop_without_a_trial() -> None:
+    case = setting("plain", (3,))
+    with LiveBytes() as live:
+        out = fm.unroll_batch(*case, steps=20, memory=fm.budget(100_000))
+        out.loss.backward()
+    assert out.info.strategy == "loop"
+    assert live.peak <= 100_000
