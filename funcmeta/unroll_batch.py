@@ -97,8 +97,9 @@ def unroll_batch(
             f"tasks.stack([...]) or sample_batch(seed, tasks)."
         )
     one_seed = rng.Seed.of(rng.check_seed(seed), lambda: tuple([rng.fold(seed, index) for index in range(number)]))
-    case = _Case(problem, meta, tasks, number, estimator, one_seed, carry) Under a
-            ``Budget`` "auto" is "loop", as trials could take more than the budget.
+    case = _Case(problem, meta, tasks, number, estimator, one_seed, carry)
+    if strategy == "auto" and isinstance(memory, Budget):
+        strategy = "loop"
     if strategy == "auto" and carry is not None and carry.particles is not None:
         strategy = _made_by(carry.particles, meta)
     if strategy == "auto":

@@ -281,28 +281,3 @@ def test_estimators_compare_and_print() -> None:
     assert fm.ForwardMode(2) == fm.ForwardMode(2) != fm.ForwardMode()
     assert repr(fm.ForwardMode(2)) == "ForwardMode(chunk=2)"
     assert repr(fm.MixedMode()) == "MixedMode()"
-
-
-def test_a_frozen_part_of_the_state_is_not_copied_for_each_direction() -> None:
-    """What does not move has no tangent; what begins to move in a later step has one from there on."""
-    frozen = torch.linspace(-1, 1, 10_000).double()
-
-    def init(meta: Any, task: fm.Task, seed: int) -> Any:
-        return {"frozen": frozen, "late": torch.zeros(3).double(), "w": torch.tensor([0.3, -0.8, 0.5]).double()}
-
-    def step(meta: Any, state: Any, batch: Any, seed: int) -> Any:
-        scale = state["frozen"][:3] + state["late"]
-        loss, slope = fm.value_and_grad(lambda w: torch.sin(w * scale).sum())(state["w"])
-        moved = state["w"] - meta["rates"] * slope
-        return {"frozen": state["frozen"], "late": 0.1 * state["w"], "w": moved}, fm.StepInfo(loss)
-
-    problem = fm.Problem(init, step, lambda meta, state, query, seed: (state["w"] * state["late"]).sum())
-    meta = {"rates": torch.tensor([0.1, 0.2, 0.3]).double().requires_grad_()}
-    slopes, peaks = [], []
-    for estimator in (fm.ForwardMode(), fm.Reverse()):
-        with fm.testing.LiveBytes() as live:
-            out = fm.unroll(problem, meta, fm.Task(torch.zeros(1), None), steps=4, estimator=estimator)
-            slopes += torch.autograd.grad(out.loss, meta["rates"])
-        peaks.append(live.peak)
-    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-12)
-    assert peaks[0] < frozen.nbytes / 4
