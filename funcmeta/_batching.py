@@ -76,7 +76,7 @@ class Level:
         try:
             if number != self._number:
                 raise ArgumentError(
-                    "MixedMode over stacked tasks can not run backward inside torch.func. Use Reverse()."
+                    "MixedMode over stacked tasks cannot run backward inside torch.func. Use Reverse()."
                 )
             yield
         finally:

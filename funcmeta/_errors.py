@@ -16,7 +16,7 @@ class FuncmetaError(Exception):
 
 
 class ArgumentError(FuncmetaError, ValueError):
-    """An argument has a value or a type that the function can not work with.
+    """An argument has a value or a type that the function cannot work with.
 
     Examples:
         >>> issubclass(ArgumentError, ValueError)
@@ -130,7 +130,7 @@ class ReplayError(FuncmetaError, RuntimeError):
 
 
 class CompileError(FuncmetaError, RuntimeError):
-    """A function can not be compiled, or would not compute the same when compiled.
+    """A function cannot be compiled, or would not compute the same when compiled.
 
     Examples:
         >>> issubclass(CompileError, RuntimeError)

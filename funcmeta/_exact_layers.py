@@ -1,4 +1,4 @@
-"""Layers whose fused kernels torch differentiates wrongly, or can not batch, in elementary operations.
+"""Layers whose fused kernels torch differentiates wrongly, or cannot batch, in elementary operations.
 
 On torch 2.13 these give wrong numbers without an error, in cases that meta-learning meets:
 

@@ -31,7 +31,7 @@ def written(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def tensors_in(path: Path, *, advice: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a safetensors file; ``DataError`` with the advice when it can not be read."""
+    """The metadata and the tensors of a safetensors file; ``DataError`` with the advice when it cannot be read."""
     if not path.is_file():
         missing = "is a folder" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {missing}. {advice}")
@@ -39,4 +39,4 @@ def tensors_in(path: Path, *, advice: str) -> tuple[dict[str, str], dict[str, Te
         with safetensors.safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise DataError(f"{path} can not be read as safetensors: {error}. {advice}") from error
+        raise DataError(f"{path} cannot be read as safetensors: {error}. {advice}") from error

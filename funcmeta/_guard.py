@@ -1,4 +1,4 @@
-"""What an unroll refuses: arguments it can not work with, and losses that do not carry what was promised."""
+"""What an unroll refuses: arguments it cannot work with, and losses that do not carry what was promised."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -81,7 +81,7 @@ def _check_data(name: str, leaf: object) -> None:
         raise ArgumentError(f"{name} is a {type(leaf).__name__}, expected a tensor. Convert it by torch.as_tensor.")
     if isinstance(leaf, Iterable) and not isinstance(leaf, str | bytes):
         raise ArgumentError(
-            f"{name} is a {type(leaf).__name__}, expected tensors or a function of the step index. An iterator can not "
+            f"{name} is a {type(leaf).__name__}, expected tensors or a function of the step index. An iterator cannot "
             f"be run again: wrap the data in a function that returns the batch of a given step."
         )
 

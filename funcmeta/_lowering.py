@@ -1,7 +1,7 @@
 """A flat function of tensors as kernels: traced to ATen operations once, with its derivative, and lowered by inductor.
 
 ``make_fx`` records what happens to the tensors, whatever Python does on the way, and ``torch.autograd`` has run before
-anything is compiled. So a derivative inside the function is a part of what is recorded, and can not be lost.
+anything is compiled. So a derivative inside the function is a part of what is recorded, and cannot be lost.
 """
 
 import operator

@@ -53,7 +53,7 @@ def compile(problem: Problem, *, backend: Backend = "inductor", dynamic: bool = 
 
     Raises:
         ArgumentError: not a problem, an unknown backend or option, ``dynamic`` is no flag.
-        CompileError: when it is run: what a function does can not be recorded, or what was recorded gives other numbers
+        CompileError: when it is run: what a function does cannot be recorded, or what was recorded gives other numbers
             or Python values than the function itself, because it depends on more than its arguments; or there are too
             many combinations of sizes or values to compile for.
         CapturedTensorError: when it is run: a tensor that requires grad is used without coming through ``meta``.
@@ -289,7 +289,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise GraphError(
-                "The meta-gradient of a compiled problem was asked for with create_graph=True, but it can not be "
+                "The meta-gradient of a compiled problem was asked for with create_graph=True, but it cannot be "
                 "differentiated again. Use the problem as it was before compile."
             )
         derivative: Derivative = ctx.derivative
@@ -345,7 +345,7 @@ def _hashable(value: Any) -> Hashable:
         hash(value)
     except TypeError as error:
         raise CompileError(
-            f"An argument is {tree.describe(value)}, which can not be hashed, so that it can not be told when to "
+            f"An argument is {tree.describe(value)}, which cannot be hashed, so that it cannot be told when to "
             f"compile anew. Make it a tensor."
         ) from error
     return value_key(value)

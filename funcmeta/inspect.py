@@ -97,7 +97,7 @@ def inspect(module: nn.Module, *inputs: Any, seed: int = 0) -> Readiness:
         A ``Readiness``; ``print`` it for a table, index it by a property's name.
 
     Raises:
-        ArgumentError: the module can not be made functional, does not run on these inputs, or has no data; a bad seed.
+        ArgumentError: the module cannot be made functional, does not run on these inputs, or has no data; a bad seed.
 
     Examples:
         >>> print(inspect(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), torch.ones(2, 3)))

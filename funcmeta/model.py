@@ -157,7 +157,7 @@ def functionalize(module: nn.Module) -> tuple[FunctionalModel, Params, Buffers]:
         frozen parameters are. All tensors are detached copies.
 
     Raises:
-        ArgumentError: not a module, a lazy module that has not seen data, a scripted module, one that can not be
+        ArgumentError: not a module, a lazy module that has not seen data, a scripted module, one that cannot be
             copied, or one without a parameter that requires grad.
 
     Examples:
@@ -235,9 +235,7 @@ def _check_module(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"module is a {type(module).__name__}, expected a torch.nn.Module. Wrap it in one.")
     if isinstance(module, torch.jit.ScriptModule):
-        raise ArgumentError(
-            "module is a ScriptModule, which can not run statelessly. Pass the module it was made from."
-        )
+        raise ArgumentError("module is a ScriptModule, which cannot run statelessly. Pass the module it was made from.")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if is_lazy(tensor):
             raise ArgumentError(f"'{name}' is not initialized yet (a lazy module). Run the module once on an input.")

@@ -148,7 +148,7 @@ def inner_problem(
         A ``Problem`` whose state is an ``InnerState``.
 
     Raises:
-        ArgumentError: ``module`` can not be made functional, a loss or ``adapt`` is no function, ``optimizer`` is or
+        ArgumentError: ``module`` cannot be made functional, a loss or ``adapt`` is no function, ``optimizer`` is or
             gives no ``Transform``, ``train`` or ``query_train`` is no mode, a weight is no number, ``adapt`` selects
             nothing, or a task without a query meets a meta-loss that needs one.
         StructureError: ``meta["params"]`` does not fit the module in names, shapes, dtypes or device.

@@ -116,7 +116,7 @@ def unroll_batch(
 
 @contextmanager
 def as_one_batch() -> Iterator[None]:
-    """Name what ``vmap`` can not run, and the way around it."""
+    """Name what ``vmap`` cannot run, and the way around it."""
     try:
         yield
     except RuntimeError as error:
@@ -345,7 +345,7 @@ def _measured_both(case: _Case, steps: int) -> _Known:
 
 
 def _measured(strategy: Strategy, case: _Case, most: int) -> _Cost:
-    """What a strategy costs, when it is run for the second time; infinite when vmap can not run the step.
+    """What a strategy costs, when it is run for the second time; infinite when vmap cannot run the step.
 
     One step alone would not tell: all tasks begin at the same parameters, which makes the first step a cheaper one.
     """

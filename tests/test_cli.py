@@ -167,14 +167,14 @@ def test_an_output_path_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = compare(tmp_path / "file")
     assert result.exit_code == 2
-    assert "which can not be a folder (File exists). Pass another." in result.output
+    assert "which cannot be a folder (File exists). Pass another." in result.output
 
 
 def test_an_output_folder_that_can_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("funcmeta.cli._run.os.access", lambda path, mode: mode != os.W_OK)
     result = compare(tmp_path)
     assert result.exit_code == 2
-    assert "a folder that can not be written to. Pass another." in result.output
+    assert "a folder that cannot be written to. Pass another." in result.output
 
 
 def test_an_interrupted_run_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

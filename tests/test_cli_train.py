@@ -308,7 +308,7 @@ ERRORS: list[tuple[tuple[str, ...], str]] = [
     (("train", "dynamic_lm", "--tasks", "novels"), "tasks is 'novels', expected pydoc, wikipedia"),
     (("train", "dynamic_lm", "--estimator", "es:1:2"), "estimator is 'es:1:2', which does not go with dynamic_lm"),
     (("train", "dynamic_lm", "--dtype", "bfloat16"), "dtype is 'bfloat16', which does not go with dynamic_lm"),
-    (("train", "maml", "--config", "nowhere.toml"), "nowhere.toml can not be read as TOML"),
+    (("train", "maml", "--config", "nowhere.toml"), "nowhere.toml cannot be read as TOML"),
     (("evaluate", "nowhere"), "nowhere has no config.toml. Pass the folder of a run"),
     (("evaluate", "nowhere", "--part", "all"), "part is 'all', expected one of 'train', 'validation', 'test'"),
 ]
@@ -330,7 +330,7 @@ def test_errors_are_said_in_a_line(
         ("stepz = 3", "sets 'stepz', which is no setting. Known are algorithm, tasks"),
         ('steps = "many"', "sets steps to 'many', expected a value of type int"),
         ("steps = true", "sets steps to True, expected a value of type int"),
-        ("= 3", "can not be read as TOML"),
+        ("= 3", "cannot be read as TOML"),
     ],
 )
 def test_a_file_with_something_else(text: str, message: str, tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def wavy(w: Tensor, batch: Any) -> Tensor:
 def test_a_second_derivative() -> None:
     problem, meta = usual()
     loss = fm.unroll(aten(problem), meta, TASK, steps=2).loss
-    with pytest.raises(fm.GraphError, match=r"create_graph=True, but it can not be .* as it was before compile\."):
+    with pytest.raises(fm.GraphError, match=r"create_graph=True, but it cannot be .* as it was before compile\."):
         torch.autograd.grad(loss, fm.tree.leaves(meta), create_graph=True)
 
 
@@ -403,7 +403,7 @@ def test_a_number_in_the_state_that_changes() -> None:
 
 
 class Unhashable:
-    """A setting that can not be told from another."""
+    """A setting that cannot be told from another."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -411,7 +411,7 @@ class Unhashable:
 def test_an_argument_that_can_not_be_hashed() -> None:
     problem, meta = descending(lambda w, batch, seed: wavy(w, batch[0]))
     with pytest.raises(
-        fm.CompileError, match=r"An argument is .*Unhashable.*, which can not be hashed.*Make it a tensor"
+        fm.CompileError, match=r"An argument is .*Unhashable.*, which cannot be hashed.*Make it a tensor"
     ):
         meta_gradient(aten(problem), meta, fm.Task(lambda step: ((X, Y), Unhashable()), (X, Y)))
 

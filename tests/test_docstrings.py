@@ -46,7 +46,7 @@ def public_objects() -> dict[str, Any]:
 
 
 def documented(value: Any) -> bool:
-    """Whether the object can carry a docstring of its own: functions and classes can, constants and aliases can not."""
+    """Whether the object can carry a docstring of its own: functions and classes can, constants and aliases cannot."""
     return inspect.isfunction(value) or inspect.isclass(value)
 
 

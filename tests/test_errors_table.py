@@ -91,11 +91,11 @@ def forgetful() -> Step:
 
 
 class Owner(Exception):
-    """What Python can not make without its constructor."""
+    """What Python cannot make without its constructor."""
 
 
 class Lonely(nn.Module):
-    """Is known to something that can not be built again."""
+    """Is known to something that cannot be built again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,10 +122,10 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
         "ReLU has no parameter that requires grad",
         "Call requires_grad_()",
     ),
-    "functionalize what can not be copied": (
+    "functionalize what cannot be copied": (
         lambda: fm.functionalize(Lonely()),
         fm.ArgumentError,
-        "Lonely can not be copied: 'kept' is of type Owner, which refers to the module",
+        "Lonely cannot be copied: 'kept' is of type Owner, which refers to the module",
         "Keep it outside of the module",
     ),
     "init_params of a frozen module": (
@@ -511,7 +511,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
     "forward mode differentiated again": (
         lambda: unroll(estimator=fm.ForwardMode()).loss.backward(create_graph=True),
         fm.GraphError,
-        "create_graph=True, but this estimator's can not be differentiated again",
+        "create_graph=True, but this estimator's cannot be differentiated again",
         "Use Reverse() or MixedMode()",
     ),
     "forward mode through what torch gets wrong": (
@@ -558,13 +558,13 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str, str]] = {
         "`OUTSIDE`",
         "put it into `meta`",
     ),
-    "particles that vmap can not run": (
+    "particles that vmap cannot run": (
         lambda: by_hand(
             lambda meta, w, batch, seed: (w * w[0].item(), fm.StepInfo(square(w))),
             estimator=fm.EvolutionStrategies(0.1, 2),
         ),
         fm.ArgumentError,
-        "4 particles of EvolutionStrategies can not run at once under vmap",
+        "4 particles of EvolutionStrategies cannot run at once under vmap",
         "Pass chunk=1",
     ),
     "a carry without particles": (

@@ -182,7 +182,7 @@ def test_a_training_that_vmap_can_not_run_is_named_and_runs_in_a_loop() -> None:
 
     arguments: dict[str, Any] = {"baselines": {}, "tasks": 2, "tuning_tasks": 1}
     courses = {"c": COURSE._replace(loss_fn=loss, steps=2)}
-    with pytest.raises(fm.GraphError, match=r"can not run as one batch: vmap: .* Pass strategy='loop'"):
+    with pytest.raises(fm.GraphError, match=r"cannot run as one batch: vmap: .* Pass strategy='loop'"):
         fm.evaluate_optimizers({"a": fm.optim.sgd(0.01)}, courses, **arguments)
     fm.evaluate_optimizers({"a": fm.optim.sgd(0.01)}, courses, strategy="loop", **arguments)
 

@@ -182,7 +182,7 @@ def test_a_captured_tensor_in_the_meta_loss(strategy: str, memory: Any) -> None:
 
 
 def test_a_captured_tensor_without_a_name_is_described() -> None:
-    """It hides where Python can not look into: the arguments of a partial function."""
+    """It hides where Python cannot look into: the arguments of a partial function."""
 
     def weighted(weight: Tensor, meta: Any, predict: Any, batch: Any) -> Tensor:
         return weight * mse(meta, predict, batch)
@@ -609,7 +609,7 @@ def test_states_have_no_mutable_defaults() -> None:
 
 
 class OnceMapped(torch.autograd.Function):
-    """A sine that vmap can run, with a backward pass that can not be differentiated."""
+    """A sine that vmap can run, with a backward pass that cannot be differentiated."""
 
     generate_vmap_rule = True
 

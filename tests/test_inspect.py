@@ -109,7 +109,7 @@ class Constant(torch.autograd.Function):
 
 
 def branching(out: Tensor) -> Tensor:
-    """Looks at a number, which vmap can not."""
+    """Looks at a number, which vmap cannot."""
     return out if float(out.detach().sum()) > 0 else -out
 
 

@@ -391,7 +391,7 @@ def scripted() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (scripted, "module is a ScriptModule, which can not run statelessly. Pass the module it was made from."),
+        (scripted, "module is a ScriptModule, which cannot run statelessly. Pass the module it was made from."),
         (lambda: nn.LazyLinear(2), "'weight' is not initialized yet (a lazy module). Run the module once"),
         (lambda: nn.Sequential(nn.Linear(1, 1), nn.LazyBatchNorm1d()), "'1.weight' is not initialized yet"),
         (lambda: nn.ReLU(), "ReLU has no parameter that requires grad, so nothing can be trained. Call requires_grad_"),

@@ -232,7 +232,7 @@ def test_state_outside_of_buffers_that_matters_is_refused_by_name(kind: str) -> 
 
 
 def test_an_iterator_that_can_not_be_put_back_is_refused() -> None:
-    with pytest.raises(fm.GraphError, match=r"advances 'numbers', which can not be put back"):
+    with pytest.raises(fm.GraphError, match=r"advances 'numbers', which cannot be put back"):
         by_us(Keeping("numbers").double())
 
 
@@ -334,7 +334,7 @@ def test_what_is_nested_too_deeply_is_refused() -> None:
     net.chain = []  # type: ignore[assignment]
     for _ in range(5000):
         net.chain = [net.chain]  # type: ignore[assignment, list-item]
-    with pytest.raises(fm.ArgumentError, match=r"Base can not be copied: .* nested too deeply. Let it hold less"):
+    with pytest.raises(fm.ArgumentError, match=r"Base cannot be copied: .* nested too deeply. Let it hold less"):
         fm.functionalize(net)
 
 

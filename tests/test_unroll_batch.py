@@ -222,7 +222,7 @@ def test_auto_costs_eight_steps_by_each_strategy() -> None:
 
 
 class Branching(nn.Module):
-    """Looks at numbers, which vmap can not."""
+    """Looks at numbers, which vmap cannot."""
 
     def __init__(self) -> None:
         super().__init__()

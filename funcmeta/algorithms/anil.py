@@ -43,7 +43,7 @@ def build(
         ``Algorithm``; its meta is ``{"params": ...}``.
 
     Raises:
-        ArgumentError: ``head`` begins no name, ``steps`` or ``lr`` is out of range, or the module can not be made
+        ArgumentError: ``head`` begins no name, ``steps`` or ``lr`` is out of range, or the module cannot be made
             functional.
 
     Examples:

@@ -132,7 +132,7 @@ def build(
 
     Raises:
         ArgumentError: ``gates``, ``learn_static``, or later the stream or its carry are none, ``window`` is below 2,
-            the module can not be made functional or has no ``start``; in ``loss``, the stream is at its end.
+            the module cannot be made functional or has no ``start``; in ``loss``, the stream is at its end.
 
     Examples:
         >>> from funcmeta.learned import gates

@@ -40,7 +40,7 @@ def build(
         ``Algorithm``; its meta is ``{"params": ...}``.
 
     Raises:
-        ArgumentError: ``steps`` or ``lr`` is out of range, or the module can not be made functional.
+        ArgumentError: ``steps`` or ``lr`` is out of range, or the module cannot be made functional.
 
     Examples:
         >>> import torch

@@ -59,7 +59,7 @@ def build(
         own for every task, and ``adapt(..., evaluate=True)`` predicts by them, as in the paper.
 
     Raises:
-        ArgumentError: ``steps``, ``hidden`` or ``p`` is out of range, or the module can not be made functional.
+        ArgumentError: ``steps``, ``hidden`` or ``p`` is out of range, or the module cannot be made functional.
         StructureError: in ``loss`` and ``adapt``, ``meta`` does not fit the module or the LSTM.
 
     Examples:
@@ -107,7 +107,7 @@ def problem(module: nn.Module, loss_fn: InnerLoss, cell: "Cell", *, train: bool 
         A ``Problem`` whose state is an ``InnerState`` with a ``CellState``.
 
     Raises:
-        ArgumentError: the module can not be made functional.
+        ArgumentError: the module cannot be made functional.
         StructureError: where it begins, ``meta["params"]`` or ``meta["cell"]`` does not fit.
 
     Examples:

@@ -43,7 +43,7 @@ def build(
         ``Algorithm``; its meta is ``{"params": ..., "lr": ...}``, two trees of the same shape.
 
     Raises:
-        ArgumentError: ``steps`` or ``lr`` is out of range, or the module can not be made functional.
+        ArgumentError: ``steps`` or ``lr`` is out of range, or the module cannot be made functional.
 
     Examples:
         >>> from funcmeta.tasks import sinusoids

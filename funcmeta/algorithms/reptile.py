@@ -36,7 +36,7 @@ def build(
         ``Algorithm``; its meta is ``{"params": ...}`` and its loss the mean of the last inner losses.
 
     Raises:
-        ArgumentError: ``steps`` is out of range, or the module can not be made functional.
+        ArgumentError: ``steps`` is out of range, or the module cannot be made functional.
 
     Examples:
         >>> import torch

@@ -85,7 +85,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, if any.")] = False,
     damaged: Annotated[
-        str, typer.Option(help="If the newest checkpoint can not be read: raise, or take the previous one.")
+        str, typer.Option(help="If the newest checkpoint cannot be read: raise, or take the previous one.")
     ] = "raise",
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write curves for TensorBoard, too.")] = False,
     tasks: Annotated[

@@ -37,7 +37,7 @@ def run(options: Options, console: Console) -> Report:
     """Measure everything that the options ask for.
 
     Raises:
-        ArgumentError: an option has a value that can not be used.
+        ArgumentError: an option has a value that cannot be used.
         DataError: the data are not there.
     """
     began = time.perf_counter()
@@ -90,9 +90,9 @@ def check_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArgumentError(f"out is '{path}', which can not be a folder ({error.strerror}). Pass another.") from error
+        raise ArgumentError(f"out is '{path}', which cannot be a folder ({error.strerror}). Pass another.") from error
     if not os.access(path, os.W_OK):
-        raise ArgumentError(f"out is '{path}', a folder that can not be written to. Pass another.")
+        raise ArgumentError(f"out is '{path}', a folder that cannot be written to. Pass another.")
 
 
 def compared(topic: Subject, options: Options, estimators: dict[str, Estimator]) -> Comparison:

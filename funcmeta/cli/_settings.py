@@ -119,7 +119,7 @@ def settings(given: dict[str, Any], kept: Path | None) -> Settings:
     Raises:
         ArgumentError: no algorithm or an unknown one, a setting is given that it does not read, an unknown name in
             the file, or a value out of range.
-        DataError: the file can not be read.
+        DataError: the file cannot be read.
     """
     known = {**({} if kept is None else read(kept)), **given}
     algorithm = known.get("algorithm")
@@ -152,7 +152,7 @@ def read(file: Path) -> dict[str, Any]:
     try:
         found = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} can not be read as TOML: {error}. Pass a file like a run's config.toml.") from error
+        raise DataError(f"{file} cannot be read as TOML: {error}. Pass a file like a run's config.toml.") from error
     types = {each.name: each.type for each in fields(Settings)}
     for name, value in found.items():
         if name not in types:

@@ -56,7 +56,7 @@ def subject(
 
     Raises:
         ArgumentError: unknown data or model, or a model that does not fit the data.
-        DataError: the files of ``omniglot:PATH`` can not be read.
+        DataError: the files of ``omniglot:PATH`` cannot be read.
     """
     kind, _, path = data.partition(":")
     if kind not in ("glyphs", "omniglot", "sinusoids") or (kind == "omniglot") != bool(path):

@@ -79,7 +79,7 @@ class Candidate:
         return Result(out.loss.item(), zeros | dict(zip(wanted, grads, strict=True)), self.constant)
 
     def reached(self, setting: Setting) -> Result:
-        """The meta-gradient, with the leaves that the estimator can not reach as constants."""
+        """The meta-gradient, with the leaves that the estimator cannot reach as constants."""
         counted = Counted(setting.problem)
         try:
             return self.gradient(replace(setting, problem=counted.problem))

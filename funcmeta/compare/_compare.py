@@ -49,7 +49,7 @@ def compare(
     for 1, 2, ..., K inner steps (for 10 numbers evenly spaced when K is more). ``meta`` and its ``.grad`` are not
     touched.
 
-    A leaf that an estimator can not reach (for ``FirstOrder``, one that acts only through the inner gradient) is a
+    A leaf that an estimator cannot reach (for ``FirstOrder``, one that acts only through the inner gradient) is a
     constant for it: its gradient there is zero, and its row names the leaf. For the reference it is an error.
     An estimator whose direction is not the gradient of the loss that it returns, such as ``Reptile``, is held against
     the same reference and the same finite differences of the problem's meta-loss as all others.
@@ -70,7 +70,7 @@ def compare(
         repetitions; memory is counted on tensors as they come and go (on a GPU, by its allocator).
 
     Raises:
-        ArgumentError: ``steps``, ``directions``, ``estimators`` or ``reference`` can not be used, or no leaf of
+        ArgumentError: ``steps``, ``directions``, ``estimators`` or ``reference`` cannot be used, or no leaf of
             ``meta`` requires grad; and as ``unroll``.
         UnreachedLeafError: the reference gives a leaf of ``meta`` no gradient.
         DetachedError: as ``unroll``, for the reference.

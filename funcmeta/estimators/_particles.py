@@ -51,7 +51,7 @@ class Search:
         """Windows of ``length`` steps, each with new perturbations; the loss is that of the unperturbed run."""
         if inside_functorch():
             raise ArgumentError(
-                f"{self.name} runs its particles by torch.func.vmap and attaches what it finds, so it can not run "
+                f"{self.name} runs its particles by torch.func.vmap and attaches what it finds, so it cannot run "
                 f"inside torch.func. Use Reverse() there."
             )
         moving = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
@@ -127,7 +127,7 @@ class Search:
                 raise
             except (RuntimeError, ValueError) as error:
                 raise ArgumentError(
-                    f"{number} particles of {self.name} can not run at once under vmap; torch said: "
+                    f"{number} particles of {self.name} cannot run at once under vmap; torch said: "
                     f"{str(error).splitlines()[0]} Pass chunk=1, which runs one after the other."
                 ) from error
 
@@ -146,7 +146,7 @@ class Search:
             )
         if self.pairs % share[1]:
             raise ArgumentError(
-                f"pairs is {self.pairs}, which {share[1]} processes can not share evenly. Pass a multiple."
+                f"pairs is {self.pairs}, which {share[1]} processes cannot share evenly. Pass a multiple."
             )
 
     def _check_finite(self, total: Tensor | None, losses: Sequence[Tensor], start: int) -> None:

@@ -28,7 +28,7 @@ class EvolutionStrategies:
 
     Raises:
         ArgumentError: a number is not positive; ``share`` is none, or does not divide the pairs; a carry requires grad;
-            it is run inside ``torch.func``; or the training can not run under ``vmap``.
+            it is run inside ``torch.func``; or the training cannot run under ``vmap``.
         NonFiniteError: a loss of a particle is NaN or infinite; the message names the step.
         CapturedTensorError: a tensor that requires grad is used without coming through ``meta``.
 

@@ -45,7 +45,7 @@ def _with_constant_gradients(step: Step) -> Step:
             result = step(meta, state, index)
         if not steering.taken:
             raise GraphError(
-                f"FirstOrder can not hold the inner gradient of step {index} constant: the step took none through "
+                f"FirstOrder cannot hold the inner gradient of step {index} constant: the step took none through "
                 f"funcmeta.value_and_grad. Use it in place of torch.autograd.grad or torch.func.grad."
             )
         return result

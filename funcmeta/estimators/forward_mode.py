@@ -66,7 +66,7 @@ class ForwardMode:
     def __call__(self, primal: Primal, meta: Meta, memory: Memory) -> Outcome:
         """Take the steps with tangents, once for each chunk of directions."""
         if inside_functorch():
-            raise ArgumentError("ForwardMode pushes tangents by torch.func and can not run inside it. Use Reverse().")
+            raise ArgumentError("ForwardMode pushes tangents by torch.func and cannot run inside it. Use Reverse().")
         moving = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
         count = sum(leaf.numel() for leaf in moving)
         if not count or not torch.is_grad_enabled():

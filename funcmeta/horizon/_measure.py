@@ -56,7 +56,7 @@ def horizon_report(
         A ``HorizonReport``: print it, or call its ``to_dict()`` and ``plot(path)``.
 
     Raises:
-        ArgumentError: ``horizons``, ``repeats`` or ``estimators`` can not be used, or no leaf of ``meta`` requires
+        ArgumentError: ``horizons``, ``repeats`` or ``estimators`` cannot be used, or no leaf of ``meta`` requires
             grad; and as ``unroll``.
 
     Examples:

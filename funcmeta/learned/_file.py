@@ -46,7 +46,7 @@ def save(optimizer: LearnedOptimizer, path: str | Path) -> None:
         path: where to write; an existing file is replaced.
 
     Raises:
-        ArgumentError: ``optimizer`` is not a LearnedOptimizer, or its ``config`` can not be written as JSON.
+        ArgumentError: ``optimizer`` is not a LearnedOptimizer, or its ``config`` cannot be written as JSON.
 
     Examples:
         >>> import tempfile
@@ -66,7 +66,7 @@ def save(optimizer: LearnedOptimizer, path: str | Path) -> None:
         config = json.dumps(optimizer.config)
     except (TypeError, ValueError) as error:
         raise ArgumentError(
-            f"config of {type(optimizer).__name__} can not be written as JSON: {error}. Keep numbers, strings, "
+            f"config of {type(optimizer).__name__} cannot be written as JSON: {error}. Keep numbers, strings, "
             f"booleans and lists of them in it."
         ) from error
     check_path(path)

@@ -56,7 +56,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             raise
         except (TypeError, ValueError) as error:
             raise ArgumentError(
-                f"params can not be optimized: {error}. Pass module.parameters() or module.named_parameters()."
+                f"params cannot be optimized: {error}. Pass module.parameters() or module.named_parameters()."
             ) from error
         options = self.param_groups[0].keys() - {"params", "param_names"}
         if options:

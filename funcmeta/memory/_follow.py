@@ -49,7 +49,7 @@ def follow(
         What the plain loop returns, and the plan that was followed; none where there is nothing to differentiate.
 
     Raises:
-        ArgumentError: inside ``torch.func``, which can not run such a Function; or actions that do not fit together.
+        ArgumentError: inside ``torch.func``, which cannot run such a Function; or actions that do not fit together.
         CapturedTensorError: in the backward pass, when a step depends on a tensor that requires grad and is not in
             ``meta`` or ``state``.
         UnreachedLeafError: in the backward pass, when a leaf of ``meta`` that requires grad is used by no step.

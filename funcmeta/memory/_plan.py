@@ -286,7 +286,7 @@ def _cost(actions: Iterable[Action], steps: int) -> tuple[int, int]:
                 at, left = None, start
                 evaluations += stop - start
         if not fits:
-            raise ArgumentError(f"{action} can not follow on the actions before it. {_RULES}")
+            raise ArgumentError(f"{action} cannot follow on the actions before it. {_RULES}")
     if left:
         raise ArgumentError(f"The actions end before step {left - 1} was differentiated. {_RULES}")
     return evaluations, peak

@@ -44,7 +44,7 @@ def clip_by_value(limit: Hyper) -> Transform:
     def rule(values: Values, param: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         limit = values["limit"]
         if not isinstance(limit, Tensor) and limit > torch.finfo(grad.dtype).max:
-            return (grad,)  # torch can not clamp at what the dtype does not reach
+            return (grad,)  # torch cannot clamp at what the dtype does not reach
         return (grad.clamp(-limit, limit),)
 
     return per_tensor(Hypers(limit=limit), rule, counted=False)

@@ -139,7 +139,7 @@ def warmup(schedule: Schedule, steps: int) -> Schedule:
         A callable of the step.
 
     Raises:
-        ArgumentError: ``schedule`` can not be called, or ``steps`` is below 1.
+        ArgumentError: ``schedule`` cannot be called, or ``steps`` is below 1.
 
     Examples:
         >>> schedule = fm.optim.schedules.warmup(fm.optim.schedules.exponential_decay(1.0, 0.5), 3)

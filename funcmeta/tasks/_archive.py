@@ -94,7 +94,7 @@ def _members(archive: Path, ending: re.Pattern[str]) -> Found:
 
 def _unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     """The content of a member, unpacked no further than to the size that it claims."""
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others can not be unpacked in parts
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others cannot be unpacked in parts
         raise ValueError(f"{info.filename} is compressed by method {info.compress_type}, expected to be deflated")
     with archive.open(info) as member:
         content = member.read(info.file_size)

@@ -70,7 +70,7 @@ class FewShot:
     queries: int
 
     def __post_init__(self) -> None:
-        """Refuse what the bank can not serve."""
+        """Refuse what the bank cannot serve."""
         check_count("shots", self.shots)
         check_count("queries", self.queries, least=0)
         available = len(self.bank.names)

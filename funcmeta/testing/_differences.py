@@ -103,7 +103,7 @@ def _check_trees(at: Tree, direction: Tree) -> None:
     for path, leaf in tree.named_leaves(at, "tree"):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             raise StructureError(
-                f"{path} is {tree.describe(leaf)}, expected a floating-point tensor. Keep what can not be moved out of "
+                f"{path} is {tree.describe(leaf)}, expected a floating-point tensor. Keep what cannot be moved out of "
                 f"the tree: let fn close over it."
             )
         if leaf.is_meta:

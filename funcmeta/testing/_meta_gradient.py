@@ -78,7 +78,7 @@ def check_meta_grad(
     """Raise unless the meta-gradient equals finite differences of the meta-loss.
 
     Along random directions d, gradient · d is compared with the central difference of t ↦ L(meta + t · d): for all
-    leaves of ``meta`` together, and for each leaf by itself, so that a learning rate can not hide behind the
+    leaves of ``meta`` together, and for each leaf by itself, so that a learning rate cannot hide behind the
     parameters. An error is relative to the derivative; a derivative that rounding hides counts as zero. The
     differences run without a graph. Losses, models and optimizers must be smooth: no kink (ReLU, a clip at its
     threshold, Adam without ``eps`` at a zero gradient) may lie within a relative distance of about 1e-3.
@@ -258,6 +258,6 @@ def _check_double(wanted: Leaves) -> None:
     for name, leaf in wanted.items():
         if leaf.dtype != torch.float64:
             raise StructureError(
-                f"{name} is {tree.describe(leaf)}, expected float64: finite differences of anything shorter can not "
+                f"{name} is {tree.describe(leaf)}, expected float64: finite differences of anything shorter cannot "
                 f"be told from rounding. Convert module, meta and task by .double()."
             )

@@ -26,7 +26,7 @@ def encode(value: Any, name: str = "") -> tuple[Any, Tensors]:
     """JSON with the structure and all numbers, and the tensors by the path that leads to each.
 
     Raises:
-        ArgumentError: something in the tree can not be written; the message has its path.
+        ArgumentError: something in the tree cannot be written; the message has its path.
     """
     tensors: Tensors = {}
     return _encode(value, name, tensors), tensors
@@ -79,7 +79,7 @@ def _encode(value: Any, path: str, tensors: Tensors) -> Any:
         name = f"{kind.__module__}:{kind.__qualname__}"
         if _found(name) is not kind:
             raise ArgumentError(
-                f"{path} is a {kind.__qualname__}, which can not be found by its name, so that it could not be read "
+                f"{path} is a {kind.__qualname__}, which cannot be found by its name, so that it could not be read "
                 f"again. Define the NamedTuple at the top of a module."
             )
         fields = zip(value._fields, value, strict=True)
@@ -88,7 +88,7 @@ def _encode(value: Any, path: str, tensors: Tensors) -> Any:
         pairs = [[key, _encode(each, _join(path, key), tensors)] for key, each in value.items()]
         return {"mapping": _KINDS[kind], "pairs": pairs}
     raise ArgumentError(
-        f"{path} is a {kind.__name__}, which can not be written to a file. Keep tensors, numbers, strings, and dicts, "
+        f"{path} is a {kind.__name__}, which cannot be written to a file. Keep tensors, numbers, strings, and dicts, "
         f"lists, tuples and NamedTuples of them."
     )
 

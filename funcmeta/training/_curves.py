@@ -20,7 +20,7 @@ SHARE = 50
 """The running median is that over one part of so many of the steps."""
 
 EDGE = 1e100
-"""What is larger, or as far below 0, is drawn here: matplotlib can not draw what is near the largest float64."""
+"""What is larger, or as far below 0, is drawn here: matplotlib cannot draw what is near the largest float64."""
 
 _COLORS = {name: f"#0000{number:02x}" for number, name in enumerate(("text", "line", "noise", "grid", "mark"), 1)}
 """Stand-ins for the page's colours, which no picture has otherwise."""

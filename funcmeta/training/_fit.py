@@ -103,16 +103,16 @@ def fit(
         than a step takes.
 
     Raises:
-        ArgumentError: a number is out of range, ``batch_size`` can not be shared among the processes, ``spread`` and
+        ArgumentError: a number is out of range, ``batch_size`` cannot be shared among the processes, ``spread`` and
             the ``share`` of the estimator do not go together, nothing is learned, the optimizer lacks a leaf that
             is learned or has other tensors, ``validation`` cannot be judged on, a sampler returns other than a stack of
             so many tasks, the folder has a run that is not to be resumed, or the run was begun with other settings or
             has taken more steps.
         DetachedError: the loss depends on nothing that is learned.
         ReplayError: the sampler gives two different batches for one seed.
-        DataError: a checkpoint can not be read, or needs a class that is not imported.
+        DataError: a checkpoint cannot be read, or needs a class that is not imported.
         SaveError: the system does not take a file.
-        LostProcessError: another process ended, or can not be reached.
+        LostProcessError: another process ended, or cannot be reached.
         DivergenceError: the alarm says stop, or 100 steps in a row were left out.
 
     Examples:
@@ -142,7 +142,7 @@ def fit(
     ranks = Ranks.here()
     if spread == "tasks" and batch_size % ranks.number:
         raise ArgumentError(
-            f"batch_size is {batch_size}, which {ranks.number} processes can not share evenly. Pass a multiple."
+            f"batch_size is {batch_size}, which {ranks.number} processes cannot share evenly. Pass a multiple."
         )
     aim = objective(algorithm, tasks, spread)
     held_out = None if validation is None else _held_out(algorithm, validation)

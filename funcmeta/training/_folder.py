@@ -31,7 +31,7 @@ class Folder(NamedTuple):
         keep: how many of the newest checkpoints are kept.
         resume: go on from the newest checkpoint, or begin when there is none; without it a folder with a run in it
             is refused.
-        damaged: when the newest checkpoint can not be read: "raise", or go back to the "previous" one that can.
+        damaged: when the newest checkpoint cannot be read: "raise", or go back to the "previous" one that can.
 
     Examples:
         >>> Folder("runs/maml", every=500).keep
@@ -102,7 +102,7 @@ class Store:
 
         Raises:
             ArgumentError: there is a run in the folder, which is not to be taken up.
-            DataError: the checkpoint can not be read.
+            DataError: the checkpoint cannot be read.
         """
         found = self._found()
         if not self._folder.resume:
@@ -163,14 +163,12 @@ def read_log(path: Path) -> Log:
     """What a log says. Half a line at its end, which a killed process left, is dropped.
 
     Raises:
-        DataError: the file can not be read as text, or a line of it is none that ``Store`` writes.
+        DataError: the file cannot be read as text, or a line of it is none that ``Store`` writes.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} can not be read: {error}. Pass the folder of a run, with a whole log.jsonl."
-        ) from error
+        raise DataError(f"{path} cannot be read: {error}. Pass the folder of a run, with a whole log.jsonl.") from error
     log, lines = Log([], None), text.removesuffix("\n").split("\n") if text else []
     for number, line in enumerate(lines, 1):
         try:

@@ -82,14 +82,14 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Say what it means when the processes can not do a thing together."""
+        """Say what it means when the processes cannot do a thing together."""
         try:
             yield
         except RuntimeError as error:
             if isinstance(error, FuncmetaError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
             raise LostProcessError(
-                f"Process {self.rank} of {self.number} can not reach the others: {str(error).splitlines()[0]} Look at "
+                f"Process {self.rank} of {self.number} cannot reach the others: {str(error).splitlines()[0]} Look at "
                 f"what they said last, and go on from the newest checkpoint with resume=True (--resume)."
             ) from error
 

@@ -117,7 +117,7 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} can not be read as TOML: {error}. Restore it, or remove it.") from error
+        raise DataError(f"{path} cannot be read as TOML: {error}. Restore it, or remove it.") from error
 
 
 def _judged(path: Path) -> _Judged | None:

@@ -31,7 +31,7 @@ def tensorboard(folder: str | Path) -> Iterator[Watch]:
 
     Raises:
         MissingExtraError: tensorboard is not installed.
-        SaveError: the folder can not be written to; raised at the first record.
+        SaveError: the folder cannot be written to; raised at the first record.
 
     Examples:
         >>> import tempfile

@@ -22,7 +22,7 @@ def write(path: Path, kind: str, value: Any) -> None:
     """Put a tree into a file, which appears whole or not at all.
 
     Raises:
-        ArgumentError: the tree holds what can not be written.
+        ArgumentError: the tree holds what cannot be written.
         SaveError: the system does not take the file.
     """
     skeleton, tensors = encode(value)

@@ -115,7 +115,7 @@ def test_without_a_query_no_window_has_a_single_step() -> None:
 
 
 def test_the_strategy_is_measured_with_the_states_that_tasks_begin_at() -> None:
-    """Fresh layers can not be drawn under vmap, the training of many of them can be run there."""
+    """Fresh layers cannot be drawn under vmap, the training of many of them can be run there."""
     net = nn.Linear(1, 1)
     algorithm = l2l.build(
         learned.linear(),

@@ -339,7 +339,7 @@ def test_bad_shares(share: Any) -> None:
 
 
 def test_pairs_that_the_processes_can_not_share() -> None:
-    with pytest.raises(fm.ArgumentError, match=r"pairs is 4, which 3 processes can not share evenly\. Pass a multiple"):
+    with pytest.raises(fm.ArgumentError, match=r"pairs is 4, which 3 processes cannot share evenly\. Pass a multiple"):
         fm.EvolutionStrategies(0.1, 4, share=(0, 3))
 
 
@@ -378,7 +378,7 @@ def test_a_step_that_vmap_can_not_run() -> None:
     case = Linear(fm.Problem(lambda meta, task, seed: meta * 1, step, lambda meta, s, *_: s.sum()), leaf(0.3, 0.1))
     with pytest.raises(
         fm.ArgumentError,
-        match=r"20 particles of EvolutionStrategies can not run at once under vmap; torch said: .*Pass chunk=1, which",
+        match=r"20 particles of EvolutionStrategies cannot run at once under vmap; torch said: .*Pass chunk=1, which",
     ):
         gradient(case, fm.EvolutionStrategies(0.1, 10), steps=2)
     assert gradient(case, fm.EvolutionStrategies(0.1, 10, 1), steps=2).isfinite().all()
@@ -428,7 +428,7 @@ def test_inside_torch_func(transform: str) -> None:
 def test_a_second_derivative() -> None:
     case = linear()
     out = fm.unroll(case.problem, case.meta, NOTHING, steps=1, estimator=fm.EvolutionStrategies(0.1, 2))
-    with pytest.raises(fm.GraphError, match=r"create_graph=True, but this estimator's can not be differentiated again"):
+    with pytest.raises(fm.GraphError, match=r"create_graph=True, but this estimator's cannot be differentiated again"):
         torch.autograd.grad(out.loss, case.meta["u"], create_graph=True)
 
 

@@ -242,7 +242,7 @@ def test_an_initial_point_of_its_own_that_requires_grad() -> None:
 def test_inside_torch_func(transform: str) -> None:
     problem, meta, task = hypers()
     inputs = fm.tree.map(lambda each: each.detach()[None] if transform == "vmap" else each.detach(), meta)
-    with pytest.raises(fm.ArgumentError, match=r"can not run inside it\. Use Reverse\(\)"):
+    with pytest.raises(fm.ArgumentError, match=r"cannot run inside it\. Use Reverse\(\)"):
         getattr(torch.func, transform)(
             lambda meta: fm.unroll(problem, meta, task, steps=1, estimator=fm.ForwardMode()).loss
         )(inputs)
@@ -251,7 +251,7 @@ def test_inside_torch_func(transform: str) -> None:
 def test_a_second_derivative() -> None:
     case = hypers()
     out = fm.unroll(*case, steps=2, estimator=fm.ForwardMode())
-    with pytest.raises(fm.GraphError, match=r"create_graph=True, but this estimator's can not .* Use Reverse\(\) or"):
+    with pytest.raises(fm.GraphError, match=r"create_graph=True, but this estimator's cannot .* Use Reverse\(\) or"):
         torch.autograd.grad(out.loss, case[1]["lr"], create_graph=True)
 
 

@@ -456,7 +456,7 @@ FALLBACKS: dict[str, tuple[Callable[[Any, Tensor, Any], Tensor], str]] = {
 @pytest.mark.parametrize(("loss", "why"), FALLBACKS.values(), ids=FALLBACKS)
 def test_a_fallback_is_told_and_exact(loss: Any, why: str, strategy: str) -> None:
     if strategy == "vmap" and loss in (taking_gradients_of_torch, unrolling, cubing):
-        pytest.skip("what this loss does, torch can not do inside vmap")
+        pytest.skip("what this loss does, torch cannot do inside vmap")
     case = descending(loss, {"a": leaf(0.7, 1.1, 0.4)})
     for twice in (False, True):
         expected = gradient(case, fm.Reverse(), strategy, twice=twice)

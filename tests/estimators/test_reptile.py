@@ -82,7 +82,7 @@ def test_it_is_not_differentiable_again() -> None:
     leaves = fm.tree.leaves(meta["params"])
     scale = torch.tensor(2.0, requires_grad=True)
     for loss in (out.loss, scale * out.loss):
-        with pytest.raises(fm.GraphError, match=r"create_graph=True, but this estimator's can not be differentiated"):
+        with pytest.raises(fm.GraphError, match=r"create_graph=True, but this estimator's cannot be differentiated"):
             torch.autograd.grad(loss, leaves, create_graph=True, retain_graph=True)
 
 

@@ -291,7 +291,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[fm.FuncmetaError], str]] = {
     "parameters of torch that are none": (
         lambda: learned.TorchOptimizer([NET.weight, 3], optim.adam()),  # type: ignore[list-item]
         fm.ArgumentError,
-        "params can not be optimized: .* Pass module.parameters",
+        "params cannot be optimized: .* Pass module.parameters",
     ),
     "a state_dict of nothing": (
         lambda: learned.TorchOptimizer(NET.parameters(), optim.adam()).load_state_dict({"state": {1: 2}}),

@@ -140,13 +140,13 @@ def test_a_file_that_is_no_such_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(fm.DataError, match=r"does not exist\. Pass a file"):
         learned.load(tmp_path / "missing")
     torch.save({"weight": torch.ones(2)}, tmp_path / "pickle")
-    with pytest.raises(fm.DataError, match="can not be read as safetensors"):
+    with pytest.raises(fm.DataError, match="cannot be read as safetensors"):
         learned.load(tmp_path / "pickle")
     learned.save(learned.lstm(), tmp_path / "whole")
     content = (tmp_path / "whole").read_bytes()
     for length in (0, 5, 100, len(content) - 1):
         (tmp_path / "part").write_bytes(content[:length])
-        with pytest.raises(fm.DataError, match="can not be read as safetensors"):
+        with pytest.raises(fm.DataError, match="cannot be read as safetensors"):
             learned.load(tmp_path / "part")
     save_file({"weight": torch.ones(2)}, tmp_path / "bare")
     with pytest.raises(fm.DataError, match="expected 'funcmeta'"):
@@ -158,7 +158,7 @@ def test_what_can_not_be_written_is_refused_and_leaves_nothing(tmp_path: Path) -
         learned.save(nn.Linear(1, 1), tmp_path / "o")
     strange = Own()
     strange.config = {"lr": torch.ones(1)}
-    with pytest.raises(fm.ArgumentError, match=r"config of Own can not be written as JSON: .* Keep numbers"):
+    with pytest.raises(fm.ArgumentError, match=r"config of Own cannot be written as JSON: .* Keep numbers"):
         learned.save(strange, tmp_path / "o")
     tied = Own()
     tied.other = tied.lr

@@ -127,15 +127,15 @@ class Given:
 
 
 BROKEN: dict[str, tuple[tuple[Action, ...], str]] = {
-    "stores what it is not at": ((Store(1),), r"Store\(step=1\) can not follow"),
-    "restores what is not stored": ((Advance(0, 2), Restore(1)), r"Restore\(step=1\) can not follow"),
-    "drops what is not stored": ((Drop(0),), r"Drop\(step=0\) can not follow"),
-    "advances from elsewhere": ((Advance(1, 2),), r"Advance\(start=1, stop=2\) can not follow"),
-    "advances beyond the end": ((Advance(0, 4),), r"Advance\(start=0, stop=4\) can not follow"),
-    "differentiates too early": ((Backward(0, 1),), r"Backward\(start=0, stop=1\) can not follow"),
+    "stores what it is not at": ((Store(1),), r"Store\(step=1\) cannot follow"),
+    "restores what is not stored": ((Advance(0, 2), Restore(1)), r"Restore\(step=1\) cannot follow"),
+    "drops what is not stored": ((Drop(0),), r"Drop\(step=0\) cannot follow"),
+    "advances from elsewhere": ((Advance(1, 2),), r"Advance\(start=1, stop=2\) cannot follow"),
+    "advances beyond the end": ((Advance(0, 4),), r"Advance\(start=0, stop=4\) cannot follow"),
+    "differentiates too early": ((Backward(0, 1),), r"Backward\(start=0, stop=1\) cannot follow"),
     "goes on after a derivative": (
         (Store(0), Advance(0, 2), Backward(2, 3), Backward(0, 2)),
-        r"Backward\(start=0, stop=2\) can not follow",
+        r"Backward\(start=0, stop=2\) cannot follow",
     ),
     "forgets a step": ((Store(0), Advance(0, 1), Backward(1, 3)), r"The actions end before step 0 was differentiated"),
 }

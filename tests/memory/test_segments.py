@@ -314,7 +314,7 @@ def test_inside_torch_func_it_is_refused(transform: str) -> None:
     meta = fm.tree.detach(case.meta)
     if transform == "vmap":
         meta = fm.tree.map(lambda leaf: leaf[None], meta)
-    with pytest.raises(fm.ArgumentError, match=r"can not run inside torch.func. Use StoreAll\(\) there"):
+    with pytest.raises(fm.ArgumentError, match=r"cannot run inside torch.func. Use StoreAll\(\) there"):
         getattr(torch.func, transform)(loss)(meta)
 
 

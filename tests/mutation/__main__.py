@@ -65,7 +65,7 @@ TESTS = {
 """Where each package is, and its tests."""
 
 SKIPPED = ("BitOr", "RemoveDecorator")
-"""Operators whose changes mostly lie in annotations, or can not be imported."""
+"""Operators whose changes mostly lie in annotations, or cannot be imported."""
 
 
 class Change(NamedTuple):

@@ -104,7 +104,7 @@ MAIN = {name: case for name, case in CASES.items() if not name.endswith(" up")}
 TORCH_CASES = {name: case for name, case in CASES.items() if case.namesake}
 
 WHOLE = frozenset({"clip by global norm"})
-"""The cases whose hyper-parameter is one for all parameters, so that it can not be a tree."""
+"""The cases whose hyper-parameter is one for all parameters, so that it cannot be a tree."""
 
 
 def start(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

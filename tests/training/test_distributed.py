@@ -297,7 +297,7 @@ def test_a_share_that_does_not_go_with_the_spread(name: str, spread: str, shares
 
 
 def test_a_batch_that_the_processes_can_not_share(two: Any) -> None:
-    says = "ArgumentError: batch_size is 3, which 2 processes can not share evenly. Pass a multiple."
+    says = "ArgumentError: batch_size is 3, which 2 processes cannot share evenly. Pass a multiple."
     assert two["odd"] == [{"error": says}] * 2
 
 
@@ -309,7 +309,7 @@ def test_processes_that_do_not_see_one_folder(two: Any) -> None:
 
 
 def test_a_process_that_is_left_alone_says_so(two: Any) -> None:
-    assert two["left"][0]["error"].startswith("LostProcessError: Process 0 of 2 can not reach the others: ")
+    assert two["left"][0]["error"].startswith("LostProcessError: Process 0 of 2 cannot reach the others: ")
     assert two["left"][0]["error"].endswith("go on from the newest checkpoint with resume=True (--resume).")
 
 

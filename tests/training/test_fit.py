@@ -426,9 +426,9 @@ def damage(path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("empty", "can not be read as safetensors"),
-        ("truncated", "can not be read as safetensors"),
-        ("text", "can not be read as safetensors"),
+        ("empty", "cannot be read as safetensors"),
+        ("truncated", "cannot be read as safetensors"),
+        ("text", "cannot be read as safetensors"),
         ("flipped", "is damaged: its content does not have the checksum"),
         ("foreign", "holds a 'meta' in version 1 of the format, expected a 'checkpoint'"),
         ("older", "in version 0 of the format, expected a 'checkpoint' in version 1"),
@@ -447,7 +447,7 @@ def test_a_damaged_checkpoint_is_an_error_and_the_previous_one_is_used_when_told
     assert same(resumed.meta, run(case, steps=8, meta=start).meta)
     for step in (8, 6):
         (tmp_path / "checkpoints" / f"step-0000000{step}.safetensors").write_bytes(b"")
-    with pytest.raises(fm.DataError, match=r"can not be read as safetensors"):
+    with pytest.raises(fm.DataError, match=r"cannot be read as safetensors"):
         run(case, steps=9, folder=Folder(tmp_path, resume=True, damaged="previous"))
 
 
@@ -464,7 +464,7 @@ def test_a_state_that_can_not_be_written_is_an_error_at_the_first_step(tmp_path:
         def step(self, closure: Any = None) -> None:
             self.state[self.param_groups[0]["params"][0]]["path"] = tmp_path
 
-    with pytest.raises(fm.ArgumentError, match=r"optimizer/state/0/path is a PosixPath, which can not be written"):
+    with pytest.raises(fm.ArgumentError, match=r"optimizer/state/0/path is a PosixPath, which cannot be written"):
         fit(down(), TASKS, lambda meta: Odd([meta], lr=1.0), steps=50, folder=Folder(tmp_path, every=50))
 
 

@@ -166,7 +166,7 @@ def test_held_out_tasks_are_the_same_each_time_though_the_global_generator_draws
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# --- what can not be judged on
+# --- what cannot be judged on
 
 
 @pytest.mark.parametrize(

@@ -401,17 +401,17 @@ def test_a_log_that_is_no_text_missing_or_empty_is_an_error(tmp_path: Path) -> N
     with pytest.raises(fm.DataError, match=r"log\.jsonl has no step yet"):
         report(tmp_path)
     (tmp_path / "log.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(fm.DataError, match=r"log\.jsonl can not be read: .*with a whole log\.jsonl"):
+    with pytest.raises(fm.DataError, match=r"log\.jsonl cannot be read: .*with a whole log\.jsonl"):
         report(tmp_path)
     case = few_shot()
-    with pytest.raises(fm.DataError, match=r"log\.jsonl can not be read"):
+    with pytest.raises(fm.DataError, match=r"log\.jsonl cannot be read"):
         fit(case.algorithm, case.tasks, adam, steps=1, folder=Folder(tmp_path, resume=True))
 
 
 @pytest.mark.parametrize("content", ["steps = ", "\xff", "[" * 5], ids=["half", "bytes", "brackets"])
 def test_damaged_settings_are_an_error(content: str, tmp_path: Path) -> None:
     (written(tmp_path) / "config.toml").write_bytes(content.encode("latin-1"))
-    with pytest.raises(fm.DataError, match=r"config\.toml can not be read as TOML: .*Restore it, or remove it"):
+    with pytest.raises(fm.DataError, match=r"config\.toml cannot be read as TOML: .*Restore it, or remove it"):
         report(tmp_path)
 
 

@@ -80,11 +80,11 @@ def test_what_can_not_be_written() -> None:
     class Local(NamedTuple):
         value: int
 
-    with pytest.raises(fm.ArgumentError, match=r"x/0 is a .*Local, which can not be found by its name"):
+    with pytest.raises(fm.ArgumentError, match=r"x/0 is a .*Local, which cannot be found by its name"):
         encode({"x": [Local(1)]})
-    with pytest.raises(fm.ArgumentError, match=r"x is a set, which can not be written to a file\. Keep tensors"):
+    with pytest.raises(fm.ArgumentError, match=r"x is a set, which cannot be written to a file\. Keep tensors"):
         encode({"x": {1}})
-    with pytest.raises(fm.ArgumentError, match="is a dict, which can not be written"):
+    with pytest.raises(fm.ArgumentError, match="is a dict, which cannot be written"):
         encode({(1, 2): 3})
 
 
@@ -146,7 +146,7 @@ def test_nothing_is_imported_to_find_a_namedtuple(tmp_path: Path, monkeypatch: p
 
 def test_a_pickle_is_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "x")
-    with pytest.raises(fm.DataError, match="can not be read as safetensors"):
+    with pytest.raises(fm.DataError, match="cannot be read as safetensors"):
         load(tmp_path / "x")
     with pytest.raises(fm.DataError, match=r"is a folder\. Pass a file that funcmeta.training wrote"):
         load(tmp_path)
