@@ -124,8 +124,8 @@ class Compiled:
         *trees, seed = arguments
         with torch._C.DisableTorchFunction():
             tensors: list[Tensor] = []
-            structure = (_structure(trees, tensors), *_setting(tensors))
-            structure = (*structure, *shared(tensors))
+            head = _structure(trees[:2], tensors)  # at the first step the state may be a part of meta
+            structure = (head, _structure(trees[2:], tensors), *_setting(tensors), *shared(tree.tensors(trees[2:])))
             tensors = [contiguous(tensor) for tensor in tensors]
             shapes = tuple([tensor.shape for tensor in tensors])
             variant = self._variants.get((structure, shapes))
@@ -196,7 +196,9 @@ class _Variant:
         self._plain = plain
         self._arguments, self._results, self._taken = tree.hollow(trees), _NOTHING, 0
         self.shapes = [tensor.shape for tensor in tensors]
-        self._places = shared(tree.tensors(trees)) or range(len(tensors))
+        others = len(tree.tensors(trees[:2]))
+        again = shared(tree.tensors(trees[2:])) or range(len(tensors) - others)
+        self._places = [*range(others), *[others + place for place in again]]
         before, after = (sum(isinstance(leaf, Tensor) for leaf in tree.leaves(trees[:end])) for end in (1, 2))
         self._state = [before <= place < after and each.is_floating_point() for place, each in enumerate(tensors)]
         current = steering()

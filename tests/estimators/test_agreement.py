@@ -119,10 +119,10 @@ def slopes(case: Any, estimator: Any, memory: Any = None) -> list[Tensor]:
     return list(torch.autograd.grad(out.loss, [each for each in fm.tree.leaves(meta) if each.requires_grad]))
 
 
-def check_agreement(case: Any, why: str) -> None:
+def check_agreement(case: Any, why: str, estimators: Any = None) -> None:
     """Every exact estimator gives what Reverse gives, and says once why it does as Reverse does."""
     expected = slopes(case, fm.Reverse())
-    for estimator in ESTIMATORS:
+    for estimator in estimators or ESTIMATORS:
         for memory in POLICIES:
             with pytest.warns(fm.FallbackWarning, match=why) as told:
                 got = slopes(case, estimator, memory)
@@ -169,7 +169,11 @@ def test_an_embedding_tied_to_the_head(options: str) -> None:
     )
     fixed = fm.tree.detach(fm.init_params(net))
     for meta in ({"params": fixed, "lr": leaf(0.5)}, {"params": fm.init_params(net), "lr": leaf(0.5)}):
-        check_agreement((problem, meta, fm.Task(words, query)), TEXTS[options][1])
+        case = problem, meta, fm.Task(words, query)
+        check_agreement(case, TEXTS[options][1], [fm.MixedMode()])
+        with warnings.catch_warnings():  # inside torch.func rows of padding have a formula, so ForwardMode may stay
+            warnings.simplefilter("ignore", fm.FallbackWarning)
+            close(slopes(case, fm.ForwardMode()), slopes(case, fm.Reverse()), 1e-12)
 
 
 def test_a_plain_embedding_is_no_reason_to_fall_back() -> None:
