@@ -72,19 +72,8 @@ def _note_hook(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         noted.hooks.add(getattr(hook, "__code__", type(hook)))
 
 
-def _note_node(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """A node takes hooks that no mode sees, so whoever asks for one may have registered some."""
-    noted = hooks_noted.get()
-    if noted is not None:
-        noted.hooks.add("grad_fn")
-
-
 WATCHED: dict[Any, Callable[..., Any]] = {torch.autograd.grad: _grad, Tensor.backward: _backward}
 """What a mode has to call in place of torch's own functions, so that they are watched."""
 
-LOOKS: dict[Any, Look] = {
-    Tensor.register_hook: _note_hook,
-    Tensor.grad_fn.__get__: _note_node,  # type: ignore[union-attr]
-    **WRITES,
-}
+LOOKS: dict[Any, Look] = {Tensor.register_hook: _note_hook, **WRITES}
 """What a mode has to do with the arguments before it calls a function of torch, or what stands in its place."""
