@@ -16,6 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch._subclasses import FakeTensor
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from funcmeta import rng, tree
@@ -247,7 +248,8 @@ class _Finder(_Replaced):
         original = get_unwrapped(leaf) if is_batchedtensor(leaf) else leaf
         if not original.requires_grad or id(original) in self._own:
             return leaf
-        if original.grad_fn is not None and original.grad_fn._sequence_nr() > self._start:
+        node = original.grad_fn  # torch.compile traces with tensors whose grad_fn is no node
+        if isinstance(node, Node) and node._sequence_nr() > self._start:
             return leaf
         with left(self._tasks, []):
             stand_in = inner_leaf(original)
