@@ -203,7 +203,7 @@ class _Calls:
 
     def __enter__(self) -> "_Calls":
         """Begin to watch this thread."""
-        self._before = sys.getprofile()
+        self._before: Any = sys.getprofile()
         sys.setprofile(self._event)
         return self
 

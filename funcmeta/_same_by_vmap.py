@@ -4,6 +4,7 @@ Some of torch's batching rules are wrong, and a module may look at what ``vmap``
 complete, so the first steps are taken both ways and compared: losses, states, reports, and the meta-gradient.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -66,7 +67,8 @@ def difference(alone: Made, together: Made, coarsest: float, nudged: Callable[[i
 def _differing(alone: Made, together: Made, coarsest: float, noise: dict[str, float]) -> str:
     largest = max([float(slope.abs().max()) for slope in alone.slopes if slope.numel()], default=0.0)
     others = dict(_named(together))
-    overall = max([_size(each) for _, each in _named(alone) if isinstance(each, Tensor)], default=0.0)
+    sizes = [_size(each) for _, each in _named(alone) if isinstance(each, Tensor)]
+    overall = max([size for size in sizes if math.isfinite(size)], default=0.0)  # the unroll says what is not finite
     for name, expected in _named(alone):
         got = others.get(name)
         if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
@@ -78,7 +80,7 @@ def _differing(alone: Made, together: Made, coarsest: float, noise: dict[str, fl
         gap = _gap(expected, got)
         eps = torch.finfo(expected.dtype).eps if expected.is_floating_point() or expected.is_complex() else 0.0
         floor = largest if name.startswith("the meta-gradient") else 0.0
-        size = max(floor, _size(expected), _size(got))
+        size = max([each for each in (floor, _size(expected), _size(got)) if math.isfinite(each)], default=0.0)
         if not gap <= max(eps, coarsest) ** 0.5 * size + 64 * eps * overall + 16 * noise.get(name, 0.0):
             return f"{name} differs by {gap:.2g} of {size:.2g} from that of each by itself"
     return ""
@@ -107,7 +109,8 @@ def _gap(one: Tensor, other: Tensor) -> float:
     """The largest distance of two entries; those that are not finite have to be the same."""
     if one.layout is not torch.strided or not one.numel():
         return 0.0
-    one, other = torch.broadcast_tensors(_once(one), _once(other))  # one may share its memory where the other does not
+    pair = _once(one), _once(other)  # one may share its memory among tasks where the other does not
+    one, other = torch.broadcast_tensors(*pair)  # type: ignore[no-untyped-call]
     if torch.equal(one, other):  # which takes no memory, unlike what follows
         return 0.0
     if one.dtype is torch.bool or not (one.is_floating_point() or one.is_complex()):

@@ -53,7 +53,7 @@ class Walk(Places):
                 continue
             static[key] = None
             if key == "forward" and kind.__module__ == "torch._dynamo.eval_frame":  # of torch.compile(module)
-                value = module._orig_mod.__call__
+                value = vars(module)["_modules"]["_orig_mod"].__call__
                 self._alive.append(value)
             if key in EMPTY and not value:
                 if not self._fill:

@@ -12,7 +12,7 @@ import torch
 
 from funcmeta import rng, tree
 from funcmeta._batching import count, stack, take
-from funcmeta._errors import ArgumentError, FuncmetaError, GraphError, StructureError
+from funcmeta._errors import ArgumentError, DetachedError, FuncmetaError, GraphError, StructureError
 from funcmeta._graph import inside_functorch
 from funcmeta._guard import check_arguments
 from funcmeta._remembered import remembered
@@ -287,8 +287,11 @@ def _compared(case: _Case, steps: int) -> str:
         case = case._replace(estimator=Reverse())
     with warnings.catch_warnings(), torch.set_grad_enabled(torch.is_grad_enabled() and alike):
         warnings.simplefilter("ignore")  # the unroll itself will say it
-        with Precision() as precision:
-            alone = case.made(case.loop(steps, trial=True))
+        try:
+            with Precision() as precision:
+                alone = case.made(case.loop(steps, trial=True))
+        except DetachedError:  # not without a derivative that torch.func has; under vmap it has its own net
+            return ""
         try:
             together = case.made(case.vmap(steps, trial=True))
         except torch.OutOfMemoryError:
