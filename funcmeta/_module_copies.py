@@ -59,7 +59,7 @@ class Copies:
         self._modes: dict[bool | None, _Mode] = {
             None: _Mode(module, hooks or None, {**trainable, **constants}, self._title)
         }
-        self.kept = self._modes[None].structure.kept  # where a captured tensor is looked for
+        self.module = self._modes[None].structure.captured  # by which the error for a captured tensor names it
         self._own: frozenset[str] = frozenset()  # shared tensors that calls write to, so that they get copies
         self._harmless: set[frozenset[str]] = set()  # attributes that change without an effect on the next call
 

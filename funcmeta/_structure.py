@@ -79,6 +79,7 @@ class Structure:
         self._modules = walk.modules()
         walk.finish()
         self.kept = {path: tensor for path, _, tensor in walk.kept}
+        self.captured = walk.captured
         """Tensors that are held without being registered, by the way to them."""
         self.second = walk.second
         """A second way to a tensor outside of ``_parameters`` and ``_buffers``, by the place of the tensor."""

@@ -37,6 +37,7 @@ class Places:
         self.made: list[tuple[int, Make]] = []
         self.fills: list[tuple[Names, Callable[[list[Any]], Held]]] = []
         self.kept: list[tuple[str, int, Tensor]] = []
+        self.captured: dict[str, Tensor] = {}
         self.second: dict[int, str] = {}
         self.copied: list[tuple[str, int, Callable[[Any], Any], Any]] = []
         self.iterators: list[tuple[str, Callable[[], Any], Any]] = []

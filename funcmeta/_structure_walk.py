@@ -291,6 +291,7 @@ class Walk(Places):
             if not tensor.requires_grad:
                 return self._view(tensor, base, path)
         if tensor.requires_grad and tensor.is_leaf:  # a guard of the unroll finds it, if it is used
+            self.captured[path] = tensor
             self._share(tensor)
             return None
         if tensor.requires_grad:

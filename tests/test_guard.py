@@ -155,7 +155,7 @@ CAPTURED: dict[str, tuple[Callable[..., Any], str]] = {
     "another module": (another_module, "`critic."),
     "an attribute of the module": (
         lambda **options: usual(module=Deep(), **options),
-        "`kept['1.scale']` (float32[] on cpu)",
+        "`module['1.scale']` (float32[] on cpu)",
     ),
 }
 
