@@ -221,7 +221,7 @@ def test_a_carry_keeps_what_was_missed() -> None:
 def test_what_a_loss_does_not_use_has_no_gradient_by_any_rule(rule: str) -> None:
     """None as in torch: not for a gradient of zeros, but for a custom function that gives none, and for detach()."""
     from funcmeta._gradient import constant, exact, steered
-    from funcmeta._mixed import mixed
+    from funcmeta._mixed import Mixed
 
     class Gone(torch.autograd.Function):
         generate_vmap_rule = True
@@ -244,7 +244,7 @@ def test_what_a_loss_does_not_use_has_no_gradient_by_any_rule(rule: str) -> None
 
     names = ("used", "zero", "cut", "gone", "unused")
     params = {name: torch.full((2,), 0.5, dtype=torch.float64, requires_grad=True) for name in names}
-    rules = {"mixed": mixed, "first order": constant}
+    rules = {"mixed": Mixed(), "first order": constant}
     seen = []
 
     def grads_of(params: Any) -> Tensor:

@@ -40,7 +40,9 @@ def meta_loss(case: Case, hyper: str, form: Callable[[Tensor], Any], steps: int 
 
 def as_tree(number: Tensor, name: str) -> dict[str, Tensor]:
     """A tree like the parameters whose entries all depend on the number, each in another way."""
-    tree = {"w": number * torch.linspace(0.9, 1.1, 4, dtype=number.dtype), "m": number * 0.95, "b": number.clone()}
+    entries = torch.linspace(0.9, 1.1, 4, dtype=number.dtype)
+    factor = 0.9 if name == "clip by norm" else entries  # a tensor has one norm, whatever its entries
+    tree = {"w": number * factor, "m": number * 0.95, "b": number.clone()}
     return {"w": tree["w"]} if name == "masked" else tree
 
 
