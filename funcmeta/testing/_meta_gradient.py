@@ -146,7 +146,9 @@ def check_meta_grad(
 
     def loss_of(leaves: Leaves, estimator: Estimator = Reverse(), memory: Memory = StoreAll()) -> Tensor:  # noqa: B008
         filled = [leaves.get(name, leaf.detach()) for name, leaf in zip(names, every, strict=True)]
-        return run(tree.unflatten(filled, spec), estimator, memory)
+        wanted_here = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in filled)
+        with torch.set_grad_enabled(wanted_here):  # a difference needs no graph, nor a look for captured tensors
+            return run(tree.unflatten(filled, spec), estimator, memory)
 
     loss, gradient = _gradient(lambda leaves: loss_of(leaves, estimator, memory), wanted)
     if loss.dtype != torch.float64:
