@@ -29,7 +29,7 @@ class Made(NamedTuple):
 
 
 def slopes_of(loss: Tensor, meta: Meta) -> list[Tensor]:
-    """The meta-gradient, leaf by leaf; nothing where there is none."""
+    """The meta-gradient, leaf by leaf; empty where there is no graph."""
     wanted = [leaf for leaf in tree.leaves(meta) if leaf.requires_grad]
     return list(torch.autograd.grad(loss, wanted, materialize_grads=True)) if loss.requires_grad else []
 

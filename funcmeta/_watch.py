@@ -45,7 +45,7 @@ def _check_tasks(name: str, tensors: Any) -> None:
     if level is not None and any(level.holds(each) for each in tree.tensors(tensors)):
         raise GraphError(
             f"{name} was used on a tensor of stacked tasks that run as one batch, which torch cannot do. Take the "
-            f"gradient by funcmeta.value_and_grad or torch.func, or pass strategy='loop'."
+            f"gradient through funcmeta.value_and_grad or torch.func, or pass strategy='loop'."
         )
 
 

@@ -273,7 +273,7 @@ def test_every_estimator_looks_for_captured_tensors_where_nothing_declared_requi
 
 
 def test_only_the_first_step_has_a_graph_where_nothing_declared_requires_grad() -> None:
-    """And it comes out the same; a leaf that the step makes for itself is none that was captured."""
+    """And it comes out the same; a leaf that the step makes for itself was not captured."""
     modes = []
 
     def step(meta: Any, w: Tensor, batch: Any, seed: int) -> Any:

@@ -56,7 +56,7 @@ class Recomputed(torch.autograd.Function):
 
 
 class Scaled(torch.autograd.Function):
-    """x · s, whose gradient by x reads a copy of s that forward made."""
+    """x · s, whose gradient with respect to x reads a copy of s that forward made."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, s: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def _with_row(rows: Tensor, more: Tensor | None) -> Tensor:
 
 
 class _Trials:
-    """The start, the first step and the meta-loss once more, by reverse mode: what forward mode is held against.
+    """The start, the first step and the meta-loss once more, by reverse mode: what forward mode is compared with.
 
     These passes also see whether something depends on a tensor that it captured.
     """

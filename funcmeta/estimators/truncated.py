@@ -38,7 +38,8 @@ class Truncated:
         estimator: how each window is differentiated; ``FirstOrder()`` for learned optimizers as in the paper.
 
     Raises:
-        ArgumentError: ``length`` is not a positive integer; ``estimator`` is none, is ``Reptile``, or has particles.
+        ArgumentError: ``length`` is not a positive integer; ``estimator`` has the wrong type, is ``Reptile``, or has
+            particles.
 
     Examples:
         >>> Truncated(20)

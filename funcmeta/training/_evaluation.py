@@ -132,8 +132,8 @@ def evaluate(
         The ``Evaluation``: the score of each task, and their mean with a 95 % interval.
 
     Raises:
-        ArgumentError: ``number`` is below 2, the algorithm or the sampler is none, or a language model is given a
-            ``score`` or fewer articles than ``number``.
+        ArgumentError: ``number`` is below 2, the algorithm or the sampler has the wrong type, or a language model is
+            given a ``score`` or fewer articles than ``number``.
         NonFiniteError: the training on a task is not finite; the message names the step.
 
     Examples:
