@@ -16,7 +16,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch._subclasses import FakeTensor
-from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from funcmeta import rng, tree
@@ -97,6 +96,7 @@ class _Inner:
         self._captured: list[Tensor] = []
         self.phis: list[Tensor] = []
         self.used: list[bool] = []
+        self.obstacle = ""
         self.results: Tree = None
 
     def first(self, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
@@ -138,11 +138,12 @@ class _Inner:
         mode = _Replaced({id(each): self._lifted(phi, each) for each, phi in zip(self._captured, phis, strict=True)})
         level = nullcontext() if self._tasks is None else self._tasks.entered_again()
         with level, rng.returned_to(self.states), self._autocast.again(), exact_layers():
-            results = self._evaluated(thetas, mode, DualLayers(), watched(False))
+            layers = DualLayers()
+            results = self._evaluated(thetas, mode, layers, watched(False))
         own = {id(each) for each in (*thetas, *phis)}
-        if any(
-            id(leaf) not in own for leaf in walk(results, [each for each in (*thetas, *phis) if each.grad_fn]).leaves
-        ):
+        graph = walk(results, [each for each in (*thetas, *phis) if each.grad_fn])
+        self.obstacle = layers.trouble or obstacle(graph.nodes)  # TorchScript compiles a function when it is run again
+        if any(id(leaf) not in own for leaf in graph.leaves):
             raise ReplayError(
                 "The inner loss was evaluated again in the backward pass and depended on other tensors than the first "
                 "time. Let it read what it needs from its arguments and from `meta` and `state`, or use Reverse()."
@@ -248,8 +249,8 @@ class _Finder(_Replaced):
         original = get_unwrapped(leaf) if is_batchedtensor(leaf) else leaf
         if not original.requires_grad or id(original) in self._own:
             return leaf
-        node = original.grad_fn  # torch.compile traces with tensors whose grad_fn is no node
-        if isinstance(node, Node) and node._sequence_nr() > self._start:
+        made = getattr(original.grad_fn, "_sequence_nr", None)  # torch.compile traces tensors with a bool for grad_fn
+        if made is not None and made() > self._start:
             return leaf
         with left(self._tasks, []):
             stand_in = inner_leaf(original)
@@ -303,6 +304,9 @@ def _forward_over_reverse(
                 for leaf, by in zip(thetas, along, strict=True)
             ]
             results = ctx.inner.again(duals, leaves[ctx.count :])
+            if ctx.inner.obstacle:
+                ctx.inner.rule.fall_back(ctx.inner.obstacle)
+                return None
             sums = _pull_back(results, leaves, by_results, keep=True)
             total = ctx.inner.total(results)
             slopes = torch.autograd.grad(total, leaves, allow_unused=True)

@@ -176,7 +176,8 @@ class _Trials:
         own = tree.map(lambda leaf: inner_leaf(leaf) if is_float(leaf) else leaf, state)
         following, info = self._primal.step(self._meta, own, self._primal.start)
         pairs = zip(floats(own), floats(following), strict=True)
-        return self._trial((following, info), [(old, old.data_ptr() != new.data_ptr()) for old, new in pairs])
+        reports = info._replace(loss=info.loss.detach(), aux=tree.detach(info.aux))  # as a compiled step returns them
+        return self._trial((following, reports), [(old, old.data_ptr() != new.data_ptr()) for old, new in pairs])
 
     def of_meta_loss(self, state: Any) -> _Trial:
         """Of the meta-loss, by the moving leaves of meta and the state.
@@ -207,7 +208,7 @@ class _Trials:
 
         along = [drawn(leaf) for leaf in self._moving] + [drawn(leaf) if moves else None for leaf, moves in state]
         outputs = floats(results)
-        by = [drawn(each) for each in outputs]
+        by = [drawn(each) if each.requires_grad else torch.zeros_like(each) for each in outputs]
         chosen = [(leaf, w) for leaf, w in zip(declared, along, strict=True) if w is not None]
         ends = [(out, u) for out, u in zip(outputs, by, strict=True) if out.requires_grad]
         if not ends:
