@@ -210,13 +210,11 @@ def _constants(module: nn.Module) -> Buffers:
 @contextmanager
 def _plain_recurrence() -> Iterator[None]:
     """Recurrent layers without cuDNN and oneDNN, which lack derivatives or take many times longer for the second."""
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    try:
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
-    finally:
-        torch.backends.mkldnn.enabled = enabled
+    onednn = torch.backends.mkldnn
+    # by their context managers, as torch.backends.disable_global_flags() forbids to set a flag
+    kept = {name: getattr(onednn, name) for name in ("deterministic", "allow_tf32", "fp32_precision")}
+    with onednn.flags(enabled=False, **kept), torch.backends.cudnn.flags(enabled=False):
+        yield
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

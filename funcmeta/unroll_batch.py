@@ -287,17 +287,22 @@ def _compared(case: _Case, steps: int) -> str:
         case = case._replace(estimator=Reverse())
     with warnings.catch_warnings(), torch.set_grad_enabled(torch.is_grad_enabled() and alike):
         warnings.simplefilter("ignore")  # the unroll itself will say it
+        lost: DetachedError | None = None
         try:
             with Precision() as precision:
                 alone = case.made(case.loop(steps, trial=True))
-        except DetachedError:  # not without a derivative that torch.func has; under vmap it has its own net
-            return ""
+        except DetachedError as error:  # where torch.func has the derivative, vmap is the one that is right
+            lost = error
         try:
             together = case.made(case.vmap(steps, trial=True))
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of vmap, since each task could be run by itself
+        except Exception as error:  # of vmap, where each task could be run by itself
+            if lost is not None:
+                raise lost from error
             return _not_run(error)
+        if lost is not None:
+            return ""
         return _said(difference(alone, together, precision.coarsest, lambda units: _nudged(case, steps, units)))
 
 
