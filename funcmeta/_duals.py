@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd.graph import Node
 
@@ -70,10 +69,11 @@ def _altered(node: Any) -> str:
 
 
 class Watch:
-    """What torch's functions are called for that changes a gradient and does not show in its graph."""
+    """What torch's functions are called for that changes a gradient and does not show in its graph.
 
-    def __init__(self) -> None:
-        self._hooks = _top_saved_tensors_default_hooks(False)
+    Hooks for saved tensors, as those of ``torch.utils.checkpoint``, are no such thing: torch keeps the tangent of a
+    saved tensor beside what the hook packs.
+    """
 
     def trouble(self, function: Any) -> str:
         """Why tangents may not go through what calls this function, or nothing."""
@@ -83,8 +83,6 @@ class Watch:
             return "the inner loss registers a hook, which may change a gradient on its way"
         if function == _READ_NODE:
             return "the inner loss reads a grad_fn, to which hooks can be added"
-        if _top_saved_tensors_default_hooks(False) != self._hooks:
-            return "the inner loss uses hooks for saved tensors, as torch.utils.checkpoint does"
         return ""
 
 
