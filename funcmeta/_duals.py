@@ -151,8 +151,8 @@ def is_gradient(
     slopes: Sequence[Tensor | None],
     along: Sequence[Tensor | None],
     tangent: Tensor | None,
-    precision: float,
     room: float,
+    precision: float,
 ) -> bool:
     """Whether the tangent of the loss along v is ⟨g, v⟩, as it is unless a backward rule is no derivative.
 

@@ -68,6 +68,13 @@ def walk(roots: Iterable[Tensor], stop: Iterable[Tensor] = (), *, everywhere: bo
     return Reached(seen, leaves)
 
 
+def coarsest(roots: Iterable[Tensor]) -> float:
+    """The largest eps of the dtypes in which some tensors were computed, whatever theirs is: a cast hides it."""
+    nodes = walk(roots, everywhere=True).nodes
+    dtypes = {each.dtype for node in nodes for each in getattr(node, "_input_metadata", ())}
+    return max([torch.finfo(each).eps for each in dtypes if each.is_floating_point], default=0.0)
+
+
 def check_differentiable_again(loss: Tensor, inputs: Iterable[Tensor]) -> list[Node]:
     """Raise ``DetachedError`` when torch would drop the derivative of the gradient of ``loss`` without an error.
 

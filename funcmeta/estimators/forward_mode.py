@@ -15,7 +15,7 @@ from funcmeta._context import Autocast
 from funcmeta._duals import TangentError
 from funcmeta._errors import ArgumentError, CapturedTensorError, FallbackWarning
 from funcmeta._exact_layers import DualLayers
-from funcmeta._graph import check_declared, inner_leaf, inside_functorch
+from funcmeta._graph import check_declared, coarsest, inner_leaf, inside_functorch
 from funcmeta._typing import Meta
 from funcmeta._watch import watched
 from funcmeta.estimators._attach import attach, attach_along, floats, is_float
@@ -121,6 +121,7 @@ class _Trial(NamedTuple):
         by: u, one tensor for each floating-point output.
         slope: ⟨Jᵀu, w⟩.
         scale: what ``slope`` is the sum of, without signs.
+        eps: of the coarsest dtype that takes part.
         noise: how much of ``slope`` is rounding; asked only where the two disagree.
     """
 
@@ -128,6 +129,7 @@ class _Trial(NamedTuple):
     by: list[Tensor]
     slope: float
     scale: float
+    eps: float
     noise: Callable[[], float] = lambda: 0.0
 
     def widen(self, directions: Sequence[Tensor]) -> list[Tensor]:
@@ -138,10 +140,7 @@ class _Trial(NamedTuple):
         """The slopes along the directions alone; raise when the last, random one disagrees with reverse mode."""
         found = [float((u * slope[-1]).sum()) for u, slope in zip(self.by, slopes, strict=True)]
         scale = max(self.scale, sum(abs(each) for each in found))
-        tensors = [*self.by, *[w for w in self.along if w is not None]]
-        dtypes = [*[each.dtype for each in tensors], *Autocast(tensors).dtypes]
-        precision = max([torch.finfo(dtype).eps for dtype in dtypes], default=0.0) ** 0.5
-        gap, allowed = abs(sum(found) - self.slope), precision * scale
+        gap, allowed = abs(sum(found) - self.slope), self.eps**0.5 * scale
         if math.isnan(sum(found)) != math.isnan(self.slope) or (
             gap > allowed and not gap <= allowed + 16 * self.noise()
         ):
@@ -211,14 +210,17 @@ class _Trials:
         by = [drawn(each) if each.requires_grad else torch.zeros_like(each) for each in outputs]
         chosen = [(leaf, w) for leaf, w in zip(declared, along, strict=True) if w is not None]
         ends = [(out, u) for out, u in zip(outputs, by, strict=True) if out.requires_grad]
+        tensors = [*by, *[w for w in along if w is not None]]
+        dtypes = [*[each.dtype for each in tensors], *Autocast(tensors).dtypes]
+        eps = max([coarsest(outputs), *[torch.finfo(each).eps for each in dtypes]])
         if not ends:
-            return _Trial(along, by, 0.0, 0.0)
+            return _Trial(along, by, 0.0, 0.0, eps)
         with watched(False):
             found = torch.autograd.grad(
                 [out for out, _ in ends], [leaf for leaf, _ in chosen], [u for _, u in ends], allow_unused=True
             )
         terms = [float((g * w).sum()) for g, (_, w) in zip(found, chosen, strict=True) if g is not None]
-        return _Trial(along, by, sum(terms), sum(abs(each) for each in terms))
+        return _Trial(along, by, sum(terms), sum(abs(each) for each in terms), eps)
 
 
 class _Movable:
