@@ -355,26 +355,26 @@ def test_keyword_inputs_reach_forward() -> None:
 
 
 @pytest.mark.parametrize("fail", [False, True], ids=["returns", "raises"])
-def test_backend_flags_hold_for_the_call_only(fail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_flags_hold_for_the_call_only(fail: bool) -> None:
     """Inside, recurrent layers take neither cuDNN nor oneDNN."""
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
     net = Flags()
     model, params, buffers = fm.functionalize(net)
-    before = flags()
     SEEN.clear()
-    if fail:
-        with pytest.raises(ValueError, match="as asked"):
-            model(params, buffers, torch.ones(1, 1, 2), fail=True)
-    else:
-        model(params, buffers, torch.ones(1, 1, 2))
-    assert SEEN == [(False, False)]
-    assert flags() == before
+    # The context manager: to assign a flag is an error once torch.testing._internal was imported.
+    with torch.backends.mkldnn.flags(enabled=True, allow_tf32=False):
+        before = flags()
+        if fail:
+            with pytest.raises(ValueError, match="as asked"):
+                model(params, buffers, torch.ones(1, 1, 2), fail=True)
+        else:
+            model(params, buffers, torch.ones(1, 1, 2))
+        assert SEEN == [(False, False)]
+        assert flags() == before
 
 
-def test_flags_that_the_user_set_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_that_the_user_set_are_put_back() -> None:
     model, params, buffers = fm.functionalize(Flags())
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    with torch.backends.cudnn.flags(enabled=False):
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False), torch.backends.cudnn.flags(enabled=False):
         before = flags()
         model(params, buffers, torch.ones(1, 1, 2))
         assert flags() == before
