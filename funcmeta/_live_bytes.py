@@ -96,8 +96,8 @@ def bytes_of(value: Any, besides: Any = ()) -> int:
 
 
 def _stored(value: Any) -> list[Tensor]:
-    """The tensors that have a storage: not the sparse ones, whose parts count where they are made."""
-    return [leaf for leaf in tree.tensors(value) if leaf.layout is torch.strided]
+    """The tensors that take room: not sparse ones, whose parts count where they are made, nor those without data."""
+    return [leaf for leaf in tree.tensors(value) if leaf.layout is torch.strided and not leaf.is_meta]
 
 
 def storage_key(tensor: Tensor) -> int:

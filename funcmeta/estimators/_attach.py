@@ -16,13 +16,13 @@ def attach(value: Tensor, gradients: Sequence[Tensor], tensors: Sequence[Tensor]
     return _Attach.apply(value, *gradients, *tensors)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def attach_along(value: Any, tangents: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
+def attach_along(value: Any, tangents: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> Any:
     """The tree, whose backward pass contracts what comes in with the tangents; it can be differentiated once.
 
     Args:
         value: a tree.
         tangents: for each of its floating-point tensors its derivative by all numbers in ``tensors``, along the first
-            dimension.
+            dimension; None where it depends on none of them.
         tensors: what the derivatives are by.
     """
     made = iter(_AttachAlong.apply(floats(value), tangents, *tensors))  # type: ignore[no-untyped-call]
@@ -71,17 +71,21 @@ class _AttachAlong(torch.autograd.Function):
     """apply(values, tangents, *tensors)."""
 
     @staticmethod
-    def forward(ctx: Any, values: list[Tensor], tangents: Sequence[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, values: list[Tensor], tangents: Sequence[Tensor | None], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tangents)
         ctx.likes = [(leaf.shape, leaf.dtype) for leaf in tensors]
         ctx.set_materialize_grads(False)
-        return tuple([each.detach() for each in values])  # others may hold the tensors themselves
+        attached = [each.detach() for each in values]  # others may hold the tensors themselves
+        ctx.mark_non_differentiable(*[each for each, along in zip(attached, tangents, strict=True) if along is None])
+        return tuple(attached)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         _check_once()
         pairs = zip(ctx.saved_tensors, cotangents, strict=True)
-        rows = [_contracted(along, by) for along, by in pairs if by is not None]
+        rows = [(along * by).flatten(1).sum(1) for along, by in pairs if along is not None and by is not None]
         if not rows:
             return (None,) * (2 + len(ctx.likes))
         parts = torch.split(torch.stack(rows).sum(0), [shape.numel() for shape, _ in ctx.likes])
@@ -107,13 +111,6 @@ class _Refuse(torch.autograd.Function):
             f"is that of out.loss alone. Put the term into the problem's meta_loss or into the steps' shares, use "
             f".detach() of the state where a constant is meant, go on from out.carry, or use Reverse()."
         )
-
-
-def _contracted(along: Tensor, by: Tensor) -> Tensor:
-    """The derivative along each direction, times what comes in."""
-    if along.stride(0) == 0:  # one row for all, as where nothing depends on any of them
-        return (along[0] * by).sum().expand(len(along))
-    return (along * by).flatten(1).sum(1)
 
 
 def _check_once() -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from funcmeta import rng, tree
 from funcmeta._check import check_count
@@ -97,7 +98,8 @@ class ForwardMode:
     def _by_forward_mode(self, primal: Primal, meta: Meta, moving: list[Tensor], count: int) -> Outcome:
         """The outcome by forward mode."""
         trials: _Trials | None = _Trials(primal, meta)
-        slopes, ends = [], []
+        slopes: list[Tensor] = []
+        ends: list[Sequence[Tensor | None]] = []
         for first in range(0, count, self.chunk or count):
             directions = _directions(moving, first, min(first + (self.chunk or count), count))
             loss, path, along, end = _pushed_run(primal, _Movable(meta), directions, trials)
@@ -132,26 +134,27 @@ class _Trial(NamedTuple):
     eps: float
     noise: Callable[[], float] = lambda: 0.0
 
-    def widen(self, directions: Sequence[Tensor]) -> list[Tensor]:
-        """The directions and one more, the random one."""
-        return [_with_row(each, more) for each, more in zip(directions, self.along, strict=True)]
+    def widen(self, directions: Sequence[Tensor | None], count: int) -> list[Tensor | None]:
+        """The ``count`` directions and one more, the random one."""
+        return [_with_row(each, more, count) for each, more in zip(directions, self.along, strict=True)]
 
-    def compare(self, slopes: Sequence[Tensor]) -> list[Tensor]:
+    def compare(self, slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The slopes along the directions alone; raise when the last, random one disagrees with reverse mode."""
-        found = [float((u * slope[-1]).sum()) for u, slope in zip(self.by, slopes, strict=True)]
+        pairs = zip(self.by, slopes, strict=True)
+        found = [float((u * slope[-1]).sum()) for u, slope in pairs if slope is not None]
         scale = max(self.scale, sum(abs(each) for each in found))
         gap, allowed = abs(sum(found) - self.slope), self.eps**0.5 * scale
         if math.isnan(sum(found)) != math.isnan(self.slope) or (
             gap > allowed and not gap <= allowed + 16 * self.noise()
         ):
             raise TangentError(_DISAGREES)
-        return [each[:-1] for each in slopes]
+        return [None if each is None else each[:-1] for each in slopes]
 
 
-def _with_row(rows: Tensor, more: Tensor | None) -> Tensor:
-    """The rows and one more, of zeros where there is none; rows of zeros alone, as of frozen weights, take no room."""
-    if more is None and not rows.any():
-        return rows.new_zeros(()).expand(len(rows) + 1, *rows.shape[1:])
+def _with_row(rows: Tensor | None, more: Tensor | None, count: int) -> Tensor | None:
+    """The ``count`` rows and one more; None stands for zeros, and for all of them where nothing moves."""
+    if rows is None:
+        return None if more is None else torch.cat([more.new_zeros(count, *more.shape), more[None]])
     return torch.cat([rows, (torch.zeros_like(rows[0]) if more is None else more.to(rows))[None]])
 
 
@@ -178,22 +181,23 @@ class _Trials:
         reports = info._replace(loss=info.loss.detach(), aux=tree.detach(info.aux))  # as a compiled step returns them
         return self._trial((following, reports), [(old, old.data_ptr() != new.data_ptr()) for old, new in pairs])
 
-    def of_meta_loss(self, state: Any) -> _Trial:
-        """Of the meta-loss, by the moving leaves of meta and the state.
+    def of_meta_loss(self, state: Any, tangents: Sequence[Tensor | None]) -> _Trial:
+        """Of the meta-loss, by the moving leaves of meta and what of the state has tangents.
 
         At its minimum the slope is nothing but rounding; a state that is a little different tells how much.
         """
-        trial = self._of_meta_loss(state)
+        moves = [each is not None for each in tangents]
+        trial = self._of_meta_loss(state, moves)
         return trial._replace(
             noise=lambda: max(
-                abs(self._of_meta_loss(tree.nudged(state, units)).slope - trial.slope) for units in (4, -7)
+                abs(self._of_meta_loss(tree.nudged(state, units), moves).slope - trial.slope) for units in (4, -7)
             )
         )
 
-    def _of_meta_loss(self, state: Any) -> _Trial:
+    def _of_meta_loss(self, state: Any, moves: Sequence[bool]) -> _Trial:
         assert self._primal.meta_loss is not None
         own = tree.map(lambda leaf: inner_leaf(leaf) if is_float(leaf) else leaf, state)
-        return self._trial(self._primal.meta_loss(self._meta, own), [(leaf, True) for leaf in floats(own)])
+        return self._trial(self._primal.meta_loss(self._meta, own), list(zip(floats(own), moves, strict=True)))
 
     def _trial(self, results: Any, state: Sequence[tuple[Tensor, bool]]) -> _Trial:
         declared = [*self._moving, *[leaf for leaf, _ in state]]
@@ -207,7 +211,7 @@ class _Trials:
 
         along = [drawn(leaf) for leaf in self._moving] + [drawn(leaf) if moves else None for leaf, moves in state]
         outputs = floats(results)
-        by = [drawn(each) if each.requires_grad else torch.zeros_like(each) for each in outputs]
+        by = [drawn(each) if each.requires_grad else each.new_zeros(()).expand(each.shape) for each in outputs]
         chosen = [(leaf, w) for leaf, w in zip(declared, along, strict=True) if w is not None]
         ends = [(out, u) for out, u in zip(outputs, by, strict=True) if out.requires_grad]
         tensors = [*by, *[w for w in along if w is not None]]
@@ -245,12 +249,16 @@ def _directions(moving: Sequence[Tensor], first: int, stop: int) -> list[Tensor]
 
 def _pushed_run(
     primal: Primal, movable: _Movable, directions: list[Tensor], trials: _Trials | None
-) -> tuple[Tensor | None, Trajectory, Tensor, list[Tensor]]:
-    """The meta-loss, the trajectory, and along each direction the derivatives of the meta-loss and the last state."""
+) -> tuple[Tensor | None, Trajectory, Tensor, list[Tensor | None]]:
+    """The meta-loss, the trajectory, and along each direction the derivatives of the meta-loss and the last state.
+
+    None stands for zeros: frozen parts of the state have no tangent, and none is made for them.
+    """
     count, point = len(movable.point), movable.point
     trial = trials.of_start() if trials else None
     state, tangents = _pushed(lambda values: primal.init(movable.at(values)), point, directions, trial)
-    losses, aux, shares = [], [], []
+    losses, aux = [], []
+    shares: list[tuple[Tensor, Tensor | None]] = []
     for index in range(primal.start, primal.stop):
         hollow = _constant(state)
 
@@ -271,28 +279,47 @@ def _pushed_run(
             lambda values: judge(movable.at(values[:count]), tree.filled(hollow, values[count:])),
             [*point, *floats(state)],
             [*directions, *tangents],
-            trials.of_meta_loss(state) if trials else None,
+            trials.of_meta_loss(state, tangents) if trials else None,
         )
         shares.append((loss, along_loss))
     if not shares:
         return None, path, torch.zeros(()), tangents
-    slope = torch.stack([each for _, each in shares]).sum(0)
+    zeros = torch.zeros_like(shares[0][0]).expand(len(directions[0]))
+    slope = torch.stack([zeros if each is None else each for _, each in shares]).sum(0)
     return torch.stack([each for each, _ in shares]).sum(), path, slope, tangents
 
 
 def _pushed(
-    fn: Callable[[Sequence[Tensor]], Any], point: list[Tensor], directions: list[Tensor], trial: _Trial | None
-) -> tuple[Any, list[Tensor]]:
-    """The result of a function, and the derivatives of its floating-point tensors along each direction."""
+    fn: Callable[[Sequence[Tensor]], Any],
+    point: list[Tensor],
+    directions: Sequence[Tensor | None],
+    trial: _Trial | None,
+) -> tuple[Any, list[Tensor | None]]:
+    """The result of a function, and the derivatives of its floating-point tensors along each direction.
+
+    Args:
+        fn: takes the tensors at ``point`` and returns a tree.
+        point: where.
+        directions: a tangent for each of these tensors along the first dimension, None for one that does not move; the
+            first one, of meta, always moves.
+        trial: what the derivatives are compared with.
+    """
     made: list[Any] = []
+    assert directions[0] is not None
+    rows = list(directions) if trial is None else trial.widen(directions, len(directions[0]))
+    moving = [place for place, each in enumerate(rows) if each is not None]
 
     def flat(*values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        result = fn(values)
+        given = list(point)
+        for place, value in zip(moving, values, strict=True):
+            given[place] = value
+        result = fn(given)
         found = floats(result)
-        made[:] = [_constant(result, keep=False), len(found)]
-        return found or [values[0]], tree.tensors(result)  # torch pushes no empty result
+        made[:] = [_constant(result, keep=False), [_moves(each) for each in found]]
+        pushed = [each for each, moves in zip(found, made[1], strict=True) if moves]
+        return pushed or [values[0]], tree.tensors(result)  # torch pushes no empty result
 
-    at = tuple([each.contiguous() for each in point])
+    at = tuple([point[place].contiguous() for place in moving])
 
     def along(*tangents: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         _, slopes, every = torch.func.jvp(flat, at, tangents, has_aux=True)  # type: ignore[misc]
@@ -300,18 +327,22 @@ def _pushed(
 
     both = torch.func.vmap(along, out_dims=(0, None), randomness="same")  # type: ignore[arg-type]
     with DualLayers() as layers:
-        slopes, every = both(*(directions if trial is None else trial.widen(directions)))
+        pushed, every = both(*[each for each in rows if each is not None])
     if layers.trouble:
         raise TangentError(layers.trouble)
-    slopes = slopes[: made[1]]
+    found = iter(pushed)
+    slopes = [next(found) if moves else None for moves in made[1]]
     return tree.filled(made[0], every), slopes if trial is None else trial.compare(slopes)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _moves(tensor: Tensor) -> bool:
+    return unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     """The derivatives along all directions, from those of each chunk."""
-    if all(part.stride(0) == 0 for part in parts):  # one row for all, which would be copied
-        return parts[0][:1].expand(sum(len(part) for part in parts), *parts[0].shape[1:])
-    return torch.cat(list(parts))
+    kept = [part for part in parts if part is not None]
+    return torch.cat(kept) if kept else None
 
 
 def _constant(value: Any, *, keep: bool = True) -> Any:

@@ -59,6 +59,42 @@ def hypers(learned: Any = True, **options: Any) -> tuple[fm.Problem, dict[str, T
     return problem, {"lr": leaf(0.05), "momentum": leaf(0.6)}, fm.Task((X, Y), (X + 0.1, Y))
 
 
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_frozen_weights_are_held_once_for_all_directions(chunk: int | None) -> None:
+    """Eight directions through a frozen layer of 50,000 weights, of which no direction makes a copy."""
+    torch.manual_seed(0)
+    frozen = torch.nn.Linear(1000, 50).double().requires_grad_(False)
+    net = torch.nn.Sequential(frozen, torch.nn.Tanh(), torch.nn.BatchNorm1d(50), torch.nn.Linear(50, 2)).double()
+    problem = fm.inner_problem(
+        net,
+        lambda meta, predict, batch: F.mse_loss(predict(batch[0]), batch[1]),
+        optimizer=lambda meta: optim.sgd(meta["rates"], momentum=meta["momentum"]),
+    )
+    start = {name: each.detach() for name, each in fm.init_params(net).items()}
+    batch = torch.randn(6, 1000).double(), Y
+
+    def run(estimator: Any) -> tuple[int, list[Tensor], Any]:
+        meta = {
+            "params": start,
+            "rates": {name: leaf(0.1) for name in start},
+            "momentum": {name: leaf(0.5) for name in start},
+        }
+        gc.collect()
+        with LiveBytes() as live:
+            out = fm.unroll(problem, meta, fm.Task(batch, batch), steps=3, estimator=estimator)
+            moving = [each for each in fm.tree.leaves(meta) if each.requires_grad]
+            found = torch.autograd.grad(out.loss + out.state.params["3.weight"].square().sum(), moving)
+        return live.peak, list(found), out.state.buffers
+
+    peak, found, buffers = run(fm.ForwardMode(chunk))
+    _, expected, by_reverse = run(fm.Reverse())
+    close(found, expected)
+    assert peak < 1000 * 50 * 8
+    assert {name for name, each in buffers.items() if each.requires_grad} == {
+        name for name, each in by_reverse.items() if each.requires_grad
+    }
+
+
 def test_many_steps_at_the_memory_of_few() -> None:
     def run(steps: int, estimator: Any) -> tuple[int, Any, Tensor]:
         case = hypers()
