@@ -158,8 +158,8 @@ class MemoryBudgetError(FuncmetaError, RuntimeError):
         self.given, self.smallest = given, smallest
         super().__init__(
             f"No memory policy stays within the budget of {given} bytes. The smallest budget that would do is "
-            f"{smallest} bytes ({smallest / 1e6:.2f} MB), which one state and the graph of one step need. Pass "
-            f"budget({smallest}) or more, or make batches smaller."
+            f"{smallest} bytes ({smallest / 1e6:.2f} MB), by the policy that keeps least. Pass budget({smallest}) or "
+            f"more, make batches smaller, or, where windows or tasks are alive at once, take fewer of them."
         )
 
     def __reduce__(self) -> tuple[type[Self], tuple[int, int]]:
