@@ -4,6 +4,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,6 +30,9 @@ def table() -> list[Any]:
         sys.modules["expecttest"] = stub
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from torch.testing._internal import common_utils
+
+        common_utils.extract_test_fn = lambda: None  # which reads the whole stack, a thousand times
         from torch.testing._internal.common_methods_invocations import op_db
     setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # which that import forbids to all other tests
     return [op for op in op_db if op.supports_autograd and torch.float64 in op.dtypes]
@@ -173,11 +177,13 @@ def test_what_is_known_to_be_good_is_right_or_an_error(part: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_most_of_the_list_is_met_in_the_table() -> None:
+def test_all_of_the_list_is_met_in_the_table() -> None:
     """What the list holds was seen there, so it cannot grow by hand without a sample."""
-    seen = {
-        type(node).__name__ for part in range(PARTS) for sample in samples(part, 14, 100_000) for node in kinds(sample)
-    }
-    missing = GOOD - seen
-    assert not missing
     assert not GOOD & WRONG.keys()
+    missing = set(GOOD)
+    for most, largest in ((1, 300), (14, 100_000)):  # few and small ones meet nearly all
+        for sample in chain.from_iterable(samples(part, most, largest) for part in range(PARTS)):
+            missing -= {type(node).__name__ for node in kinds(sample)}
+            if not missing:
+                return
+    assert not missing
