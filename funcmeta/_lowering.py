@@ -89,13 +89,9 @@ class Lowered:
 
     def __call__(self, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
         """The results, without a graph; compiled when they are first needed."""
-
-        def run(seed: int) -> list[Tensor]:
-            if self._kernel is None:
-                self._kernel = self.kernel(self._graph, self.inputs)
-            return self.run(self._kernel, tensors, seed)
-
-        return self.checked(run, self.plain, "result", tensors, seed, self._met)[0]
+        if self.sizes(tensors) in self._met:
+            return self._by_kernel(tensors, seed)
+        return self.checked(partial(self._by_kernel, tensors), self.plain, "result", tensors, seed, self._met)[0]
 
     def checked(
         self,
@@ -106,14 +102,12 @@ class Lowered:
         seed: int,
         met: set[Sizes],
     ) -> tuple[list[Tensor], bool]:
-        """What a kernel gives; or what the function itself gives, and False, where the two differ.
+        """What a kernel gives for sizes that it meets first; or what the function gives, and False, where they differ.
 
-        They are compared at each combination of sizes that the kernel meets, and at the first one for a second seed,
-        which shows values that were made from the seed. A kernel for a single combination raises where they differ.
+        At the first sizes of all they are compared for a second seed too, which shows values that were made from the
+        seed. A kernel for a single combination of sizes raises where they differ.
         """
         sizes = self.sizes(tensors)
-        if sizes in met:
-            return run(seed), True
         with uncounted():
             expected = plain(tensors, seed)
             if sizes in self._refused:
@@ -134,6 +128,11 @@ class Lowered:
             return expected, False
         met.add(sizes)
         return (run(seed) if counting() else found), True
+
+    def _by_kernel(self, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
+        if self._kernel is None:
+            self._kernel = self.kernel(self._graph, self.inputs)
+        return self.run(self._kernel, tensors, seed)
 
     def run(self, kernel: Kernel, tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
         """What a kernel makes of some tensors."""
@@ -268,18 +267,13 @@ class Derivative:
 
     def forward(self, tensors: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
         """The results, and what ``backward`` needs besides the inputs."""
+        if self._lowered.sizes(tensors) in self._forward_met:
+            return self._forward_kernel(tensors, seed)
         kept: list[Tensor] = []
 
         def run(seed: int) -> list[Tensor]:
             nonlocal kept
-            if self._forward is None:
-                self._forward = self._lowered.kernel(self._split.forward, self._lowered.inputs)
-            both = self._lowered.run(self._forward, tensors, seed)
-            results, kept = both[: len(self.differentiable)], both[len(self.differentiable) :]
-            if self._lowered.dynamic:
-                kept = [each.contiguous() for each in kept]
-            if self._strides is None:
-                self._strides = [each.stride() for each in kept]
+            results, kept = self._forward_kernel(tensors, seed)
             return results
 
         plain = self._lowered.plain
@@ -291,18 +285,36 @@ class Derivative:
     ) -> Iterator[Tensor]:
         """The gradients of the inputs that are reached, for cotangents of the differentiable results."""
         ready = [contiguous(each) for each in cotangents]
+        if self._lowered.sizes(tensors) in self._backward_met:
+            return iter(self._backward_kernel(tensors, kept, ready))
 
-        def run(seed: int) -> list[Tensor]:
-            if self._backward is None:
-                self._backward = self._lowered.kernel(self._split.backward, self._places(kept))
-            with torch.no_grad():
-                return list(self._backward([*tensors, *self._laid_out(kept), *ready]))
+        def run(_: int) -> list[Tensor]:
+            return self._backward_kernel(tensors, kept, ready)
 
         def plain(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
             with rng.forked(seed):
                 return self._plain(tensors, ready, seed)
 
         return iter(self._lowered.checked(run, plain, "gradient", tensors, seed, self._backward_met)[0])
+
+    def _forward_kernel(self, tensors: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        if self._forward is None:
+            self._forward = self._lowered.kernel(self._split.forward, self._lowered.inputs)
+        both = self._lowered.run(self._forward, tensors, seed)
+        results, kept = both[: len(self.differentiable)], both[len(self.differentiable) :]
+        if self._lowered.dynamic:
+            kept = [each.contiguous() for each in kept]
+        if self._strides is None:
+            self._strides = [each.stride() for each in kept]
+        return results, kept
+
+    def _backward_kernel(
+        self, tensors: Sequence[Tensor], kept: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> list[Tensor]:
+        if self._backward is None:
+            self._backward = self._lowered.kernel(self._split.backward, self._places(kept))
+        with torch.no_grad():
+            return list(self._backward([*tensors, *self._laid_out(kept), *cotangents]))
 
     def _places(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """Fake inputs of the backward kernel; what the forward kernel kept has the strides that this one gave it."""

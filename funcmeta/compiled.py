@@ -124,8 +124,10 @@ class Compiled:
         *trees, seed = arguments
         with torch._C.DisableTorchFunction():
             tensors: list[Tensor] = []
-            head = _structure(trees[:2], tensors)  # at the first step the state may be a part of meta
-            structure = (head, _structure(trees[2:], tensors), *_setting(tensors), *shared(tree.tensors(trees[2:])))
+            head, others = _structure(trees[:2], tensors), len(tensors)
+            data = _structure(trees[2:], tensors)
+            # among batches alone: at the first step the state may be a part of meta
+            structure = (head, data, *_setting(tensors), *shared(tensors[others:]))
             tensors = [contiguous(tensor) for tensor in tensors]
             shapes = tuple([tensor.shape for tensor in tensors])
             variant = self._variants.get((structure, shapes))
